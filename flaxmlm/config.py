@@ -1,0 +1,569 @@
+"""Every config key: its default, type, unit, range and one line of help.
+
+A config file is a short Python file whose `get_config()` starts from
+`defaults()` and changes a few keys. Everything here runs before JAX is
+imported, so that a mistake is answered at once.
+
+`python -m flaxmlm.config` prints docs/config.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import glob
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from flaxmlm import InputError
+
+
+class Key(NamedTuple):
+  """One config key. `kind` is a type, or "strings" / "floats" for tuples."""
+
+  default: Any
+  kind: type | str
+  help: str
+  unit: str = ""
+  low: float | None = None
+  high: float | None = None
+  choices: tuple[str, ...] = ()
+  optional: bool = False
+
+
+# fmt: off
+KEYS: dict[str, Key] = {
+  "seed": Key(0, int, "Seed of everything that is drawn: parameters, order, masks, dropout.", low=0, high=2**31 - 1),
+
+  "data.source": Key("embedded", "strings", "Training text: `embedded`, a path, glob or folder (.txt .jsonl .parquet .csv .tsv, plain or .gz .bz2 .xz .zst), `tfds:NAME[/CONFIG]`; or a tuple of these."),
+  "data.weights": Key((), "floats", "One weight for each source: its share of the rows in a batch. Empty: each row once an epoch.", low=0),
+  "data.validation_source": Key(None, "strings", "Validation text of its own, in the same forms as `data.source`. None: split off by `data.validation_fraction`.", optional=True),
+  "data.validation_fraction": Key(0.02, float, "Share of documents split off for validation, by a hash of the text, so that the split never moves.", low=0, high=0.5),
+  "data.store": Key(None, str, "Folder of a store made by `prepare`. None: WORKDIR/store, made when it is missing.", optional=True),
+  "data.row_length": Key(128, int, "Row length L, [CLS] and [SEP] included.", unit="tokens", low=8, high=131072),
+  "data.text_field": Key("text", str, "Field or column that holds the text, in .jsonl, .parquet, .csv, .tsv and tfds sources."),
+  "data.document": Key("file", str, "What a document is in a .txt file: the `file`, a `paragraph` (block between blank lines) or a `line`.", choices=("file", "paragraph", "line")),
+  "data.encoding": Key("utf-8", str, "Encoding of text files."),
+  "data.on_bad_record": Key("error", str, "What to do with undecodable bytes, broken JSON, a missing field: stop, or skip and count.", choices=("error", "skip")),
+  "data.max_bad_records": Key(1000, int, "With `data.on_bad_record=skip`: stop after this many bad records.", unit="records", low=0),
+  "data.tfds_dir": Key(None, str, "`data_dir` of tfds sources. None: TensorFlow Datasets' own default.", optional=True),
+  "data.processes": Key(0, int, "Processes that prepare the store; the store is the same for any number. 0: one a core.", unit="processes", low=0, high=1024),
+
+  "data.cleaning.html": Key(False, bool, "Turn HTML into text."),
+  "data.cleaning.mojibake": Key(True, bool, "Repair text that was decoded with the wrong encoding."),
+  "data.cleaning.unicode": Key("NFC", str, "Unicode normal form.", choices=("none", "NFC", "NFKC")),
+  "data.cleaning.control": Key(True, bool, "Remove control and zero-width characters."),
+  "data.cleaning.unwrap": Key(False, bool, "Join the lines of hard-wrapped paragraphs."),
+  "data.cleaning.whitespace": Key(True, bool, "Collapse runs of spaces and of blank lines, strip the ends."),
+  "data.cleaning.min_chars": Key(1, int, "Drop documents that are shorter than this after cleaning.", unit="characters", low=1),
+  "data.cleaning.deduplicate": Key(True, bool, "Drop exact copies of an earlier document (after cleaning)."),
+
+  "tokenizer.kind": Key("unigram", str, "Tokenizer to train: SentencePiece `unigram` or `bpe`, or `wordpiece`.", choices=("unigram", "bpe", "wordpiece")),
+  "tokenizer.vocab_size": Key(32768, int, "Vocabulary size V to train; taken from the tokenizer where `tokenizer.path` names one.", unit="tokens", low=8, high=2**31 - 1),
+  "tokenizer.path": Key(None, str, "A tokenizer to use instead of training one: .model, vocab.txt, tokenizer.json, vocab.json (merges.txt beside it), or a folder with one of these.", optional=True),
+  "tokenizer.lowercase": Key(False, bool, "Lower-case all text (in training a tokenizer, and for vocab.txt)."),
+  "tokenizer.words": Key("whitespace", str, "What starts a word in the token flags: the tokenizer's own `whitespace` marks, or `jieba` for Chinese (extra zh).", choices=("whitespace", "jieba")),
+  "tokenizer.sample_chars": Key(10_000_000, int, "Text that a tokenizer is trained on, at most; drawn evenly from the training documents.", unit="characters", low=1000),
+
+  "model.family": Key("bert", str, "Architecture.", choices=("bert",)),
+  "model.layers": Key(12, int, "Encoder layers N.", low=1, high=1000),
+  "model.width": Key(768, int, "Width D of the hidden states.", low=1),
+  "model.heads": Key(12, int, "Attention heads H; they divide the width.", low=1),
+  "model.ffn": Key(3072, int, "Inner width F of the feed-forward.", low=1),
+  "model.max_positions": Key(512, int, "Learned positions; at least the row length.", unit="tokens", low=1),
+  "model.segment_types": Key(2, int, "Segment embeddings (`token_type_ids`).", low=1),
+  "model.dropout": Key(0.1, float, "Dropout of embeddings and layer outputs, in steps of 1/256.", low=0, high=0.9),
+  "model.attention_dropout": Key(0.1, float, "Dropout of attention probabilities, in steps of 1/256.", low=0, high=0.9),
+  "model.norm_eps": Key(1e-12, float, "Epsilon of LayerNorm.", low=1e-20, high=1),
+  "model.init_stddev": Key(0.02, float, "Standard deviation of the truncated-normal init.", low=0, high=10),
+
+  "objective.name": Key("masked", str, "What is hidden and asked.", choices=("masked",)),
+  "objective.rate": Key(0.15, float, "Share of the tokens of a row that is to be predicted.", low=0.001, high=1),
+  "objective.mask_share": Key(0.8, float, "Share of the chosen tokens that is replaced by [MASK].", low=0, high=1),
+  "objective.random_share": Key(0.1, float, "Share of the chosen tokens that is replaced by a random token; the rest is kept.", low=0, high=1),
+
+  "optimizer.name": Key("adamw", str, "Optimizer; `muon` takes Muon for the matrices of the layers and AdamW for the rest.", choices=("adamw", "lamb", "muon")),
+  "optimizer.peak_lr": Key(5e-4, float, "Peak learning rate of AdamW or LAMB (under Muon: of what is not a layer's matrix).", low=0),
+  "optimizer.muon_peak_lr": Key(0.02, float, "Peak learning rate of the layers' matrices under Muon.", low=0),
+  "optimizer.weight_decay": Key(0.01, float, "Decoupled weight decay; never on norms and biases.", low=0),
+  "optimizer.b1": Key(0.9, float, "Decay of the first moment.", low=0, high=0.99999),
+  "optimizer.b2": Key(0.98, float, "Decay of the second moment.", low=0, high=0.9999999),
+  "optimizer.eps": Key(1e-6, float, "Epsilon of Adam and LAMB.", low=1e-20),
+  "optimizer.clip_norm": Key(1.0, float, "Global norm that gradients are clipped to. None: no clipping.", low=1e-12, optional=True),
+  "optimizer.schedule": Key("linear", str, "After warm-up: `linear` or `cosine` decay to the end, `constant`, or `wsd` (constant, then linear decay in the last `optimizer.decay_steps`).", choices=("linear", "cosine", "constant", "wsd")),
+  "optimizer.warmup_steps": Key(1000, int, "Linear warm-up from 0.", unit="steps", low=0),
+  "optimizer.decay_steps": Key(1000, int, "Length of the decay under `wsd`.", unit="steps", low=0),
+  "optimizer.end_lr_ratio": Key(0.0, float, "Learning rate at the end, as a share of the peak.", low=0, high=1),
+
+  "train.steps": Key(100_000, int, "Optimizer steps of the whole run.", unit="steps", low=0),
+  "train.batch_size": Key(256, int, "Rows of the global batch B.", unit="rows", low=1),
+  "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
+  "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
+
+  "mesh.data": Key(-1, int, "Devices along the data axis; -1: the rest.", unit="devices", low=-1),
+  "mesh.fsdp": Key(1, int, "Devices that share one copy of the parameters; the batch is split over them too. -1: the rest.", unit="devices", low=-1),
+  "mesh.tensor": Key(1, int, "Devices that share heads, feed-forward and vocabulary. -1: the rest.", unit="devices", low=-1),
+
+  "eval.every": Key(1000, int, "Evaluate on the validation split each so many steps, and at the end. 0: at the end only.", unit="steps", low=0),
+  "eval.rows": Key(2048, int, "Validation rows to evaluate, at most.", unit="rows", low=1),
+
+  "checkpoint.every": Key(1000, int, "Save each so many steps, and at the end. 0: at the end only.", unit="steps", low=0),
+  "checkpoint.keep": Key(2, int, "Newest checkpoints to keep.", low=1),
+
+  "log.every": Key(50, int, "Write metrics each so many steps.", unit="steps", low=1),
+}
+# fmt: on
+
+
+# What a run may be resumed with changed: nothing that it computes hangs on it.
+FREE_ON_RESUME = ("mesh.", "train.microbatches", "data.processes")
+
+
+def defaults() -> ConfigDict:
+  """Returns a config with every key at its default; it takes no new keys."""
+  return from_flat({name: key.default for name, key in KEYS.items()})
+
+
+def from_flat(values: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked config from `{"group.key": value}`."""
+  config = ConfigDict(type_safe=False)
+  for name, value in values.items():
+    node = config
+    *groups, leaf = name.split(".")
+    for group in groups:
+      if group not in node:
+        node[group] = ConfigDict(type_safe=False)
+      node = node[group]
+    node[leaf] = value
+  return config.lock()
+
+
+def to_flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns `{"group.key": value}` of a config or of nested dicts."""
+  values: dict[str, Any] = {}
+  for name, value in config.items():
+    if isinstance(value, (Mapping, ConfigDict)):
+      values |= to_flat(value, f"{prefix}{name}.")
+    else:
+      values[prefix + name] = value
+  return values
+
+
+def to_json(config: ConfigDict) -> str:
+  """Returns the config as nested JSON."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: str) -> ConfigDict:
+  """Reads what `to_json` wrote; raises InputError if it isn't that."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      values = to_flat(json.load(file))
+  except (OSError, ValueError, AttributeError) as error:
+    raise InputError(f"{path}: not a JSON config: {error}") from error
+  return check_keys(values, where=path)
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> ConfigDict:
+  """Loads a config file and applies `--config.key=value` arguments.
+
+  Args:
+    path: A Python file with `get_config()`, or a JSON file as in a workdir.
+      None gives the defaults.
+    overrides: Arguments of the form `--config.group.key=value`.
+
+  Returns:
+    The config, each key of the right type and in its range.
+
+  Raises:
+    InputError: The file can't be loaded, or a key is unknown, of the wrong
+      type or out of range.
+  """
+  if path is None:
+    config = defaults()
+  elif not os.path.isfile(path):
+    raise InputError(f"--config={path}: no such file; see configs/")
+  elif path.endswith(".json"):
+    config = from_json(path)
+  else:
+    config = _load_python(path)
+  values = to_flat(config)
+  for argument in overrides:
+    match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
+    if match is None:
+      raise InputError(
+        f"{argument}: not an argument of this program; a config key is set by"
+        " --config.group.key=value"
+      )
+    name, text = match.groups()
+    values[name] = _parse(text, _key(name, argument), argument)
+  return check_keys(values, where="--config")
+
+
+def _load_python(path: str) -> ConfigDict:
+  from absl import flags
+  from ml_collections import config_flags
+
+  values = flags.FlagValues()
+  argv = ["flaxmlm", f"--config={path}"]
+  config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=argv, lock_config=True
+  )
+  try:
+    values(argv)
+    config = values["config"].value
+  except Exception as error:  # a config file is code: anything can come
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if f.filename.endswith(path)]
+    line = lines[-1] if lines else getattr(error, "lineno", None) or 1
+    first = (str(error) or type(error).__name__).strip().splitlines()[0]
+    raise InputError(f"{path}:{line}: {first}") from error
+  if not isinstance(config, ConfigDict):
+    raise InputError(f"{path}: get_config() returned no ConfigDict")
+  return check_keys(to_flat(config), where=path)
+
+
+def _key(name: str, where: str) -> Key:
+  if name in KEYS:
+    return KEYS[name]
+  leaves = {n.rpartition(".")[2]: n for n in KEYS}
+  near = difflib.get_close_matches(name, KEYS, n=1) or [
+    leaves[leaf]
+    for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+  ]
+  hint = f"; did you mean {near[0]}?" if near else "; see docs/config.md"
+  raise InputError(f"{where}: unknown key {name}{hint}")
+
+
+def _parse(text: str, key: Key, where: str) -> Any:
+  """Reads a value from the command line by the key's type."""
+  if key.optional and text == "None":
+    return None
+  if key.kind is bool:
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+      raise InputError(f"{where}: wants True or False")
+    return values[text.lower()]
+  if key.kind is str or (key.kind == "strings" and text[:1] not in "(["):
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    try:
+      return float(text)
+    except ValueError:
+      raise InputError(f"{where}: wants {_kind(key)}") from None
+
+
+def _kind(key: Key) -> str:
+  name = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    "strings": "a string or a tuple of strings",
+    "floats": "a tuple of numbers, like (1, 2)",
+  }[key.kind]
+  return name + (" or None" if key.optional else "")
+
+
+def check_keys(values: Mapping[str, Any], *, where: str) -> ConfigDict:
+  """Checks each value by itself and returns the config in KEYS' order.
+
+  Raises:
+    InputError: An unknown key, a wrong type, a value out of range.
+  """
+  for name in values:
+    _key(name, where)
+  checked = {}
+  for name, key in KEYS.items():
+    value = values.get(name, key.default)
+    try:
+      checked[name] = _checked(value, key)
+    except ValueError as error:
+      raise InputError(f"{where}: {name}={value!r}: {error}") from None
+  return from_flat(checked)
+
+
+def _checked(value: Any, key: Key) -> Any:
+  if value is None and key.optional:
+    return None
+  numbers: tuple[float, ...] = ()
+  if key.kind is bool:
+    good = isinstance(value, bool)
+  elif key.kind is str:
+    good = isinstance(value, str) and value != ""
+  elif key.kind == "strings":
+    value = tuple(value) if isinstance(value, (list, tuple)) else value
+    parts = value if isinstance(value, tuple) else (value,)
+    good = bool(parts) and all(isinstance(p, str) and p for p in parts)
+  elif key.kind == "floats":
+    good = isinstance(value, (list, tuple)) and all(map(_is_number, value))
+    numbers = value = tuple(float(v) for v in value) if good else ()
+  else:
+    good = _is_number(value) and (
+      key.kind is float or float(value).is_integer()
+    )
+    if good:
+      value = key.kind(value)
+      numbers = (value,)
+  if not good:
+    raise ValueError(f"wants {_kind(key)}")
+  if key.choices and value not in key.choices:
+    near = difflib.get_close_matches(str(value), key.choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"wants one of {', '.join(key.choices)}{hint}")
+  for number in numbers:
+    if key.low is not None and number < key.low:
+      raise ValueError(f"must be at least {key.low}")
+    if key.high is not None and number > key.high:
+      raise ValueError(f"must be at most {key.high}")
+  return value
+
+
+def _is_number(value: Any) -> bool:
+  return (
+    isinstance(value, (int, float))
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
+
+
+def validate(config: ConfigDict, *, devices: int | None = None) -> None:
+  """Checks that the keys fit each other, the files and the devices.
+
+  Args:
+    config: A config of `load`.
+    devices: Number of devices, where it is known. Without JAX it is known only
+      for emulated CPU devices (XLA_FLAGS); `train` calls again once JAX is up.
+
+  Raises:
+    InputError: One line that names the keys that don't fit.
+  """
+  c = config
+
+  def need(condition: bool, message: str) -> None:
+    if not condition:
+      raise InputError(message)
+
+  need(
+    c.model.width % c.model.heads == 0,
+    f"model.heads={c.model.heads} doesn't divide model.width={c.model.width}",
+  )
+  need(
+    c.data.row_length <= c.model.max_positions,
+    f"data.row_length={c.data.row_length} is longer than"
+    f" model.max_positions={c.model.max_positions}",
+  )
+  need(
+    c.objective.mask_share + c.objective.random_share <= 1 + 1e-9,
+    "objective.mask_share + objective.random_share is more than 1",
+  )
+  need(
+    c.optimizer.warmup_steps <= c.train.steps or c.train.steps == 0,
+    f"optimizer.warmup_steps={c.optimizer.warmup_steps} is more than"
+    f" train.steps={c.train.steps}",
+  )
+  if c.optimizer.schedule == "wsd":
+    need(
+      c.optimizer.warmup_steps + c.optimizer.decay_steps <= c.train.steps,
+      "optimizer.warmup_steps + optimizer.decay_steps is more than"
+      f" train.steps={c.train.steps}",
+    )
+  need(
+    c.train.batch_size % c.train.microbatches == 0,
+    f"train.microbatches={c.train.microbatches} doesn't divide"
+    f" train.batch_size={c.train.batch_size}",
+  )
+  _validate_mesh(c, devices or _emulated_devices(), need)
+  sources = as_tuple(c.data.source)
+  need(
+    len(c.data.weights) in (0, len(sources)),
+    f"data.weights has {len(c.data.weights)} numbers for {len(sources)} sources"
+    " in data.source",
+  )
+  need(
+    not c.data.weights or min(c.data.weights) > 0,
+    "data.weights must be more than 0; leave a source out of data.source",
+  )
+  if c.data.store is None:
+    validation = as_tuple(c.data.validation_source or ())
+    for name, paths in (
+      ("data.source", sources),
+      ("data.validation_source", validation),
+    ):
+      for path in paths:
+        need(_source_exists(path), f"{name}={path}: no such file or folder")
+  else:
+    manifest = os.path.join(c.data.store, "manifest.json")
+    need(
+      os.path.isfile(manifest),
+      f"data.store={c.data.store}: no store (manifest.json) there; make it by"
+      f" python -m flaxmlm.prepare --out={c.data.store}",
+    )
+  if c.tokenizer.path is not None:
+    need(
+      os.path.exists(c.tokenizer.path),
+      f"tokenizer.path={c.tokenizer.path}: no such file or folder",
+    )
+  if c.tokenizer.words == "jieba":
+    import importlib.util
+
+    need(
+      importlib.util.find_spec("jieba") is not None,
+      "tokenizer.words=jieba needs the extra zh: pip install 'flaxmlm[zh]'",
+    )
+
+
+def _validate_mesh(
+  c: ConfigDict, devices: int | None, need: Callable[[bool, str], None]
+) -> None:
+  sizes = {name: c.mesh[name] for name in ("data", "fsdp", "tensor")}
+  shown = " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+  need(0 not in sizes.values(), f"{shown}: 0 devices; use -1 for the rest")
+  free = [name for name, size in sizes.items() if size == -1]
+  need(len(free) <= 1, f"{shown}: only one axis can take the rest (-1)")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if devices is not None:
+    fits = devices % known == 0 if free else devices == known
+    need(fits, f"{shown} doesn't fit {devices} devices")
+    for name in free:
+      sizes[name] = devices // known
+  elif free and free[0] != "tensor":
+    return
+  rows = c.train.batch_size // c.train.microbatches
+  # With the rest unknown, only the known part of data x fsdp can be checked.
+  ways = math.prod(max(sizes[name], 1) for name in ("data", "fsdp"))
+  need(
+    rows % ways == 0,
+    f"train.batch_size={c.train.batch_size} / train.microbatches="
+    f"{c.train.microbatches} doesn't divide by the {ways} devices of"
+    " mesh.data x mesh.fsdp",
+  )
+  tensor = max(sizes["tensor"], 1)
+  need(
+    c.model.heads % tensor == 0 and c.model.ffn % tensor == 0,
+    f"mesh.tensor={tensor} doesn't divide model.heads={c.model.heads} and"
+    f" model.ffn={c.model.ffn}",
+  )
+
+
+def _emulated_devices() -> int | None:
+  flags = os.environ.get("XLA_FLAGS", "")
+  match = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
+  return int(match[1]) if match else None
+
+
+def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+  """Returns a "strings" value as a tuple."""
+  return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _source_exists(path: str) -> bool:
+  return (
+    path == "embedded"
+    or path.startswith("tfds:")
+    or os.path.exists(path)
+    or any(True for _ in glob.iglob(path, recursive=True))
+  )
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+  """Returns `key: old -> new` for each key in which two configs differ."""
+  a, b = to_flat(old), to_flat(new)
+  return [
+    f"{name}: {a.get(name)!r} -> {b.get(name)!r}"
+    for name in KEYS
+    if a.get(name) != b.get(name)
+  ]
+
+
+def parser(doc: str | None, *, workdir: bool = True) -> argparse.ArgumentParser:
+  """Returns the argument parser that programs start from."""
+  result = argparse.ArgumentParser(
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    epilog="--config.KEY=VALUE sets any key of docs/config.md.",
+  )
+  result.add_argument(
+    "--config", metavar="FILE", help="a Python file like those in configs/"
+  )
+  result.add_argument(
+    "--print_config", action="store_true", help="print the config and stop"
+  )
+  if workdir:
+    result.add_argument(
+      "--workdir", metavar="DIR", required=True, help="folder of the run"
+    )
+  return result
+
+
+def parse(
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, ConfigDict]:
+  """Returns a program's arguments and its config, checked and validated.
+
+  Prints the config and exits if `--print_config` is among the arguments.
+
+  Raises:
+    InputError: See `load` and `validate`.
+  """
+  args, overrides = parser.parse_known_args(argv)
+  config = load(args.config, overrides)
+  if args.print_config:
+    print(to_json(config), end="")
+    sys.exit(0)
+  validate(config)
+  return args, config
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a program's main; a user's mistake is one line and exit code 2."""
+  try:
+    main()
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+def markdown() -> Iterator[str]:
+  """Yields the lines of docs/config.md."""
+  yield "# Config keys"
+  yield ""
+  yield "Set a key in a config file (`config.train.steps = 200`) or on the"
+  yield "command line (`--config.train.steps=200`). Tuples are written as in"
+  yield "Python: `--config.data.source=\"('a.txt', 'b.jsonl')\"`."
+  yield "This page is printed by `python -m flaxmlm.config`."
+  group = ""
+  for name, key in KEYS.items():
+    head = name.rpartition(".")[0] or "seed"
+    if head != group:
+      group = head
+      yield ""
+      yield f"## {group}"
+      yield ""
+      yield "| key | default | type | range | |"
+      yield "|---|---|---|---|---|"
+    allowed = ", ".join(key.choices)
+    if key.low is not None or key.high is not None:
+      ends = ["" if end is None else f"{end:g}" for end in (key.low, key.high)]
+      allowed = " … ".join(ends).strip()
+    text = key.help + (f" [{key.unit}]" if key.unit else "")
+    kind = _kind(key).removeprefix("an ").removeprefix("a ")
+    yield f"| `{name}` | `{key.default!r}` | {kind} | {allowed} | {text} |"
+
+
+if __name__ == "__main__":
+  print("\n".join(markdown()))

@@ -1,0 +1,250 @@
+"""Rows: which pieces of which documents stand together in a row of L tokens.
+
+A document longer than L - 2 tokens is cut into pieces of L - 2 and a rest, so
+that each piece fits a row with its own [CLS] and [SEP]. Whole pieces are then
+packed by best-fit-decreasing: longest first, each into the fullest row that
+still has room (D. S. Johnson, "Near-optimal bin packing algorithms", 1973).
+It runs over the histogram of lengths (as in Krell et al., arXiv:2107.02027):
+rows that hold the same lengths are one entry with a count, so that the cost
+depends on L, hardly on the number of documents.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import shutil
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxmlm import InputError
+from flaxmlm.data.store import TokenStore
+
+SPECIALS = 2  # [CLS] and [SEP] of each piece
+_VERSION = 1  # of the planner; part of a cached plan's name
+
+
+class RowPlan(NamedTuple):
+  """The rows of a split; R rows, P pieces.
+
+  Row r holds the pieces `row_start[r]` to `row_start[r + 1]`. A piece is the
+  tokens `piece_start` to `piece_start + piece_length` of the split's ids.
+  """
+
+  split: str
+  row_length: int
+  row_start: np.ndarray  # int64 [R + 1]
+  piece_start: np.ndarray  # int64 [P]
+  piece_length: np.ndarray  # int32 [P], without [CLS] and [SEP]
+
+  @property
+  def rows(self) -> int:
+    """Number of rows R."""
+    return len(self.row_start) - 1
+
+  @property
+  def fill(self) -> float:
+    """Share of the rows' slots that isn't padding."""
+    used = int(self.piece_length.sum(dtype=np.int64))
+    used += SPECIALS * len(self.piece_length)
+    return used / max(self.rows * self.row_length, 1)
+
+
+def plan(
+  offsets: np.ndarray, row_length: int, *, split: str = "train"
+) -> RowPlan:
+  """Packs documents into rows.
+
+  The plan depends on the lengths and on L alone. Which of the pieces of one
+  length goes where is scrambled, and so is the order of the rows: neighbours in
+  a row aren't neighbours in the corpus, and the first rows are a fair sample.
+
+  Args:
+    offsets: int64 [documents + 1], ascending; document d is the tokens
+      `offsets[d]` to `offsets[d + 1]`. Need not begin at 0.
+    row_length: L, at least 3.
+    split: Name of the split, kept in the plan.
+
+  Returns:
+    The plan; it has no rows if there are no tokens.
+  """
+  room = row_length - SPECIALS
+  if room < 1:
+    raise InputError(f"data.row_length={row_length} has no room for a token")
+  starts, lengths = _cut(np.asarray(offsets, np.int64), room)
+  patterns, repeats = _pack(np.bincount(lengths, minlength=room + 1))
+  row_pattern = np.repeat(np.arange(len(patterns)), repeats)
+  row_pattern = row_pattern[_scrambled(np.zeros_like(row_pattern))]
+
+  pattern_size = np.array([len(p) for p in patterns], np.int64)
+  pattern_start = np.cumsum(pattern_size) - pattern_size
+  row_size = pattern_size[row_pattern]
+  row_start = np.concatenate([[0], np.cumsum(row_size)])
+  piece_length = np.concatenate([*patterns, np.zeros(0, np.int32)])
+  piece_length = piece_length[ragged(pattern_start[row_pattern], row_size)]
+
+  piece_start = np.empty(len(starts), np.int64)
+  by_length = np.argsort(piece_length, kind="stable")
+  piece_start[by_length] = starts[_scrambled(lengths)]
+  return RowPlan(split, row_length, row_start, piece_start, piece_length)
+
+
+def ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+  """Returns the numbers `start, … start + size - 1` of each range in turn.
+
+  >>> ragged(np.array([7, 0]), np.array([2, 3])).tolist()
+  [7, 8, 0, 1, 2]
+  """
+  sizes = np.asarray(sizes, np.int64)
+  ends = np.cumsum(sizes)
+  total = int(ends[-1]) if len(ends) else 0
+  return np.repeat(starts - (ends - sizes), sizes) + np.arange(total)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+  """Hashes uint64 to uint64, one to one: the finaliser of SplitMix64.
+
+  Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014.
+  Used where a shuffle must never change with NumPy's version.
+  """
+  x = np.array(values, np.uint64, ndmin=1)
+  x ^= x >> np.uint64(30)
+  x *= np.uint64(0xBF58476D1CE4E5B9)
+  x ^= x >> np.uint64(27)
+  x *= np.uint64(0x94D049BB133111EB)
+  x ^= x >> np.uint64(31)
+  return x
+
+
+def load(
+  store: TokenStore,
+  split: str,
+  row_length: int,
+  *,
+  source: int | None = None,
+) -> RowPlan:
+  """Returns the plan of a split, from the store's folder where it is kept.
+
+  A plan is made once and kept in the store's `rows/` under a name with the
+  manifest's hash. Where the store can't be written to, it is made each time.
+
+  Args:
+    store: An open store.
+    split: "train" or "validation".
+    row_length: L.
+    source: Only documents of this source (an index into the store's sources):
+      for sources with weights. None: all of them.
+  """
+  offsets = getattr(store, split).offsets
+  if source is not None:
+    ends = np.searchsorted(getattr(store, split).sources, [source, source + 1])
+    offsets = offsets[ends[0] : ends[1] + 1]
+  which = "all" if source is None else str(source)
+  folder = os.path.join(
+    store.folder,
+    "rows",
+    f"{split}-{row_length}-{which}-{store.hash[:16]}-v{_VERSION}",
+  )
+  names = RowPlan._fields[2:]
+  if not os.path.isdir(folder):
+    made = plan(offsets, row_length, split=split)
+    with contextlib.suppress(OSError):
+      _keep(folder, {name: getattr(made, name) for name in names})
+    return made
+  arrays = (
+    np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+    for name in names
+  )
+  # Plain views: indexing a np.memmap object costs several times as much.
+  return RowPlan(split, row_length, *(a.view(np.ndarray) for a in arrays))
+
+
+def _keep(folder: str, arrays: dict[str, np.ndarray]) -> None:
+  """Writes a plan's folder; another process may do the same meanwhile."""
+  os.makedirs(os.path.dirname(folder), exist_ok=True)
+  partial = tempfile.mkdtemp(dir=os.path.dirname(folder))
+  try:
+    for name, array in arrays.items():
+      np.save(os.path.join(partial, f"{name}.npy"), array)
+    os.chmod(partial, 0o755)
+    os.rename(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cut(offsets: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns start (int64) and length (int32) of each document's pieces."""
+  pieces = -(-np.diff(offsets) // room)
+  rank = ragged(np.zeros(len(pieces), np.int64), pieces)
+  starts = np.repeat(offsets[:-1], pieces) + room * rank
+  ends = np.repeat(offsets[1:], pieces)
+  return starts, np.minimum(ends - starts, room).astype(np.int32)
+
+
+def _scrambled(values: np.ndarray) -> np.ndarray:
+  """Returns the order that sorts non-negative values, equal ones scrambled."""
+  key = mix(np.arange(len(values), dtype=np.uint64) + np.uint64(1))
+  key >>= np.uint64(20)
+  key |= values.astype(np.uint64) << np.uint64(44)
+  return np.argsort(key, kind="stable")
+
+
+def _pack(histogram: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+  """Packs `histogram[n]` pieces of n tokens by best-fit-decreasing.
+
+  Returns:
+    The different rows, each as the lengths of its pieces, and how many there
+    are of each.
+  """
+  row_length = len(histogram) - 1 + SPECIALS
+  # A row is a chain of (what it held before, length, how many of that length);
+  # rows of one content and one room left are a group: [chain, count].
+  groups: dict[int, list[tuple[tuple | None, int]]] = {}
+  rooms: list[int] = []  # of `groups`, ascending
+
+  def put(room: int, chain: tuple | None, rows: int) -> None:
+    if rows == 0:
+      return
+    if room not in groups:
+      groups[room] = []
+      bisect.insort(rooms, room)
+    groups[room].append((chain, rows))
+
+  for length in np.flatnonzero(histogram)[::-1].tolist():
+    size = length + SPECIALS
+    left = int(histogram[length])
+    while left:
+      tightest = bisect.bisect_left(rooms, size)
+      if tightest < len(rooms):
+        room = rooms[tightest]
+        chain, rows = groups[room].pop()
+        if not groups[room]:
+          del groups[room], rooms[tightest]
+      else:
+        room, chain = row_length, None
+        rows = -(-left // (room // size))
+      # Best fit fills one row with this length before it touches the next.
+      times = room // size
+      full = min(rows, left // times)
+      put(room - times * size, (chain, length, times), full)
+      rows -= full
+      left -= full * times
+      if rows and left:
+        put(room - left * size, (chain, length, left), 1)
+        rows -= 1
+        left = 0
+      put(room, chain, rows)
+
+  patterns, repeats = [], []
+  for room in rooms:
+    for chain, rows in groups[room]:
+      lengths: list[int] = []
+      while chain is not None:
+        chain, length, times = chain
+        lengths += [length] * times
+      patterns.append(np.array(lengths, np.int32))
+      repeats.append(rows)
+  return patterns, repeats

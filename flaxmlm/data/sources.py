@@ -1,0 +1,681 @@
+"""Reads documents: from files, TensorFlow Datasets or Python itself.
+
+A source is written as one string, a spec:
+
+- `embedded`: texts that come with every Python, see `_embedded`;
+- a path, a glob (`**` crosses folders) or a folder (read recursively). Known
+  are .txt, .jsonl and .json (an object a line), .parquet, .csv (quoted as in
+  RFC 4180) and .tsv (tab-separated, quotes are literal), each with a header
+  line where it is a table, and plain or as .gz, .bz2, .xz or .zst;
+- `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`: a data set that TensorFlow Datasets
+  has prepared in a random-access format; the split is `train` by default and
+  may be a slice (`tfds:wiki40b/en:train[:10%]`). TensorFlow isn't needed.
+
+Everything streams: what is in memory is one document (or one batch of Parquet
+rows), whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import csv
+import dataclasses
+import glob
+import gzip
+import inspect
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import shutil
+import sysconfig
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+from flaxmlm import InputError
+
+FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
+ARCHIVES = (".gz", ".bz2", ".xz", ".zst")
+
+# What an archive that is cut short or damaged raises while it is read.
+_DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError)
+# Bytes that could not be decoded, as the handler "surrogateescape" leaves them.
+_UNDECODED = re.compile("[\udc80-\udcff]")
+# The longest csv field: an opening quote that is never closed would otherwise
+# pull the rest of the file into memory.
+_MAX_FIELD = 1 << 26
+
+# Called with where a bad record is, what is wrong, and what helps. Raises, or
+# counts and returns.
+_Report = Callable[[str, str, str], None]
+
+
+class Document(NamedTuple):
+  """One text and where it came from."""
+
+  text: str
+  source: int
+  """Index into the specs."""
+  where: str
+  """`FILE:LINE` (1-based, where the document starts), `FILE:ROW` for Parquet,
+  `FILE`, `tfds:NAME[INDEX]` or `embedded:NAME`."""
+
+
+@dataclasses.dataclass
+class BadRecords:
+  """What `read` left out, filled in while it runs."""
+
+  count: int = 0
+  """Bad records that were skipped."""
+  messages: list[str] = dataclasses.field(default_factory=list)
+  """Where and what the first ten of them were."""
+  ignored_files: list[str] = dataclasses.field(default_factory=list)
+  """Files in folders and globs whose ending isn't known."""
+
+
+class _Damage(Exception):  # noqa: N818
+  """The rest of a file can't be read. Holds where, what and what helps."""
+
+
+def files(specs: Sequence[str]) -> list[str]:
+  """Returns every file that the specs name, in reading order.
+
+  The files of a folder or glob are in natural order (`part-2` before
+  `part-10`), each once; hidden ones are left out. `embedded` and `tfds:` name
+  no file.
+
+  Raises:
+    InputError: A spec names no file, or one whose ending isn't known.
+  """
+  return [path for spec in specs for path in _find(spec)[0]]
+
+
+def read(
+  specs: Sequence[str],
+  *,
+  text_field: str = "text",
+  document: str = "file",
+  encoding: str = "utf-8",
+  on_bad_record: str = "error",
+  max_bad_records: int = 1000,
+  tfds_dir: str | None = None,
+  bad: BadRecords | None = None,
+) -> Iterator[Document]:
+  r"""Returns the documents of the specs, one after another.
+
+  A byte order mark is removed and line ends become `\n`; otherwise the text
+  is as it was written, empty documents included. Blank lines of .jsonl and
+  .csv are no records.
+
+  A bad record is one that can't be decoded or parsed, or has no string in
+  `text_field`. A damaged or truncated file is one bad record, after the good
+  ones before the damage; so is a table without the column.
+
+  Args:
+    specs: Sources, see the module.
+    text_field: Field or column with the text; .txt files have none.
+    document: What a document is in a .txt file: the "file", a "paragraph"
+      (block between blank lines) or a "line" (that isn't blank).
+    encoding: Encoding of all files but Parquet.
+    on_bad_record: "error" or "skip".
+    max_bad_records: With "skip", the most that are skipped.
+    tfds_dir: `data_dir` of TensorFlow Datasets; None is its own default.
+    bad: Is filled with what was skipped.
+
+  Raises:
+    InputError: At once: a spec that names nothing, an unknown encoding. While
+      reading: a bad record, or more than `max_bad_records`; an unreadable file.
+  """
+  try:
+    "".encode(encoding)
+  except LookupError:
+    raise InputError(
+      f"data.encoding={encoding}: Python knows no such encoding;"
+      " try utf-8, latin-1, utf-16 or cp1252"
+    ) from None
+  records = BadRecords() if bad is None else bad
+
+  def report(where: str, what: str, remedy: str) -> None:
+    message = f"{where}: {what}"
+    if on_bad_record == "error":
+      remedy = f"{remedy}, or " if remedy else ""
+      raise InputError(f"{message}; {remedy}set data.on_bad_record=skip")
+    records.count += 1
+    if len(records.messages) < 10:
+      records.messages.append(message)
+    if records.count > max_bad_records:
+      raise InputError(
+        f"more than data.max_bad_records={max_bad_records} bad records; the"
+        f" first was {records.messages[0]}"
+      )
+
+  found = []
+  for spec in specs:
+    paths, ignored = _find(spec)
+    records.ignored_files += ignored
+    found.append(paths)
+
+  def documents() -> Iterator[Document]:
+    for source, (spec, paths) in enumerate(zip(specs, found, strict=True)):
+      if spec == "embedded":
+        texts = _embedded()
+      elif spec.startswith("tfds:"):
+        texts = _tfds(spec, text_field, tfds_dir, report)
+      else:
+        texts = (
+          text
+          for path in paths
+          for text in _file(path, text_field, document, encoding, report)
+        )
+      for where, text in texts:
+        yield Document(text, source, where)
+
+  return documents()
+
+
+def _find(spec: str) -> tuple[list[str], list[str]]:
+  """Returns the files of a spec and those left out for their ending."""
+  if spec == "embedded" or spec.startswith("tfds:"):
+    return [], []
+  if os.path.isfile(spec):
+    if not _ending(spec)[0]:
+      raise InputError(f"{spec}: unknown ending; {_KNOWN}")
+    return [spec], []
+  roots = [spec] if os.path.isdir(spec) else glob.glob(spec, recursive=True)
+  if not roots:
+    raise InputError(f"data.source={spec}: no such file or folder")
+  paths = {path for root in roots for path in _walk(root)}
+  ordered = sorted(paths, key=lambda path: (_natural(path), path))
+  known = [path for path in ordered if _ending(path)[0]]
+  if not known:
+    raise InputError(f"data.source={spec}: no text files there; {_KNOWN}")
+  return known, [path for path in ordered if not _ending(path)[0]]
+
+
+_KNOWN = (
+  f"known are {' '.join(FORMATS)}, plain or with {' '.join(ARCHIVES)} behind"
+)
+
+
+def _walk(root: str) -> Iterator[str]:
+  if not os.path.isdir(root):
+    yield root
+    return
+  seen = set()
+  for folder, folders, names in os.walk(root, followlinks=True):
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    real = os.path.realpath(folder)
+    if real in seen:  # A link to a folder above would go round for ever.
+      folders.clear()
+      continue
+    seen.add(real)
+    for name in names:
+      if not name.startswith("."):
+        yield os.path.join(folder, name)
+
+
+def _natural(path: str) -> list[int | str]:
+  parts = re.split(r"([0-9]+)", path)
+  return [int(p) if i % 2 else p for i, p in enumerate(parts)]
+
+
+def _ending(path: str) -> tuple[str, str]:
+  """Returns a file's format and archive as endings; unknown or none is ""."""
+  stem, last = os.path.splitext(path.lower())
+  archive = last if last in ARCHIVES else ""
+  kind = os.path.splitext(stem)[1] if archive else last
+  return (kind, archive) if kind in FORMATS else ("", "")
+
+
+def _file(
+  path: str, field: str, document: str, encoding: str, report: _Report
+) -> Iterator[tuple[str, str]]:
+  """Yields where and text of a file's documents."""
+  kind, _ = _ending(path)
+  try:
+    if kind == ".parquet":
+      yield from _parquet(path, field, report)
+    elif kind == ".txt" and document == "file":
+      for _, text in _decoded(path, encoding, _whole(path, encoding), report):
+        yield path, text
+    elif kind == ".txt":
+      lines = _lines(path, encoding)
+      blocks = _paragraphs(lines) if document == "paragraph" else lines
+      for number, text in _decoded(path, encoding, blocks, report):
+        if text.strip():
+          yield f"{path}:{number}", text
+    elif kind in (".csv", ".tsv"):
+      yield from _table(path, field, encoding, kind, report)
+    else:
+      yield from _json_lines(path, field, encoding, report)
+  except _Damage as damage:
+    report(*damage.args)
+
+
+def _open(path: str) -> BinaryIO:
+  """Opens a file for reading, decompressed."""
+  match _ending(path)[1]:
+    case ".gz":
+      return gzip.open(path)
+    case ".bz2":
+      return bz2.open(path)
+    case ".xz":
+      return lzma.open(path)
+    case ".zst":
+      return io.BufferedReader(_Zstandard(path), 1 << 17)
+    case _:
+      return open(path, "rb")
+
+
+class _Zstandard(io.RawIOBase):
+  """Decompresses all frames of a .zst file.
+
+  zstandard's own stream reader takes a file that is cut short for its end;
+  this one raises EOFError, as gzip, bz2 and lzma do.
+  """
+
+  def __init__(self, path: str):
+    import zstandard
+
+    # Windows of up to 2 GB, as `zstd --long=31` writes them.
+    self._start = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    self._error = zstandard.ZstdError
+    self._frame = None
+    self._input = b""
+    self._output = memoryview(b"")
+    self._file = open(path, "rb")  # noqa: SIM115
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:
+    while not self._output:
+      # A kilobyte of zstd can hold megabytes of text.
+      self._input = self._input or self._file.read(1 << 8)
+      if not self._input:
+        if self._frame is not None:
+          raise EOFError("the last frame isn't complete")
+        return 0
+      frame = self._frame or self._start.decompressobj()
+      try:
+        self._output = memoryview(frame.decompress(self._input))
+      except self._error as error:
+        raise EOFError(error) from None
+      self._input = frame.unused_data
+      self._frame = None if frame.eof else frame
+    count = min(len(buffer), len(self._output))
+    buffer[:count] = self._output[:count]
+    self._output = self._output[count:]
+    return count
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
+
+
+def _text(path: str, encoding: str) -> io.TextIOWrapper:
+  """Opens a text file; bytes that can't be decoded become surrogates."""
+  return io.TextIOWrapper(_open(path), encoding, errors="surrogateescape")
+
+
+def _lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
+  """Yields number and text of each line, without its end.
+
+  Raises:
+    _Damage: The rest of the file can't be read.
+  """
+  number = 0
+  try:
+    with _text(path, encoding) as file:
+      for number, line in enumerate(file, 1):
+        if number == 1:
+          line = line.removeprefix("\ufeff")
+        yield number, line.removesuffix("\n")
+  except _DAMAGE as error:
+    raise _damage(f"{path}:{number + 1}", path, encoding, error) from None
+
+
+def _whole(path: str, encoding: str) -> Iterator[tuple[int, str]]:
+  """Yields the text of a whole file, as line 1; raises as `_lines`."""
+  try:
+    with _text(path, encoding) as file:
+      text = file.read()
+  except _DAMAGE as error:
+    raise _damage(path, path, encoding, error) from None
+  yield 1, text.removeprefix("\ufeff")
+
+
+def _damage(
+  where: str, path: str, encoding: str, error: BaseException
+) -> Exception:
+  if isinstance(error, OSError) and error.errno is not None:
+    return InputError(f"{path}: {error.strerror}; make it readable")
+  if isinstance(error, UnicodeError):
+    return _Damage(where, f"not {encoding} ({error})", "set data.encoding")
+  what = f"truncated or damaged ({error})"
+  return _Damage(where, what, "get the file again")
+
+
+def _decoded(
+  path: str,
+  encoding: str,
+  blocks: Iterable[tuple[int, str]],
+  report: _Report,
+) -> Iterator[tuple[int, str]]:
+  """Passes on the blocks that could be decoded and reports the others."""
+  for number, text in blocks:
+    wrong = None if text.isascii() else _UNDECODED.search(text)
+    if wrong is None:
+      yield number, text
+    else:
+      line = number + text.count("\n", 0, wrong.start())
+      byte = ord(wrong[0]) - 0xDC00
+      what = f"not {encoding} (byte 0x{byte:02x})"
+      report(f"{path}:{line}", what, "set data.encoding")
+
+
+def _paragraphs(
+  lines: Iterable[tuple[int, str]],
+) -> Iterator[tuple[int, str]]:
+  """Yields the first line's number and the text of each block of lines."""
+  start = 0
+  block: list[str] = []
+  for number, line in lines:
+    if line and not line.isspace():
+      start = start if block else number
+      block.append(line)
+    elif block:
+      yield start, "\n".join(block)
+      block = []
+  if block:
+    yield start, "\n".join(block)
+
+
+def _json_lines(
+  path: str, field: str, encoding: str, report: _Report
+) -> Iterator[tuple[str, str]]:
+  for number, line in _decoded(path, encoding, _lines(path, encoding), report):
+    if not line or line.isspace():
+      continue
+    where = f"{path}:{number}"
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      report(where, f"broken JSON ({error})", "write one object a line")
+      continue
+    if not isinstance(record, dict):
+      what = f"JSON, but not an object ({type(record).__name__})"
+      report(where, what, "write one object a line")
+    elif _has_text(record.get(field), field, record, where, report):
+      yield where, record[field]
+
+
+def _has_text(
+  value: object,
+  field: str,
+  names: Iterable[str],
+  where: str,
+  report: _Report,
+) -> bool:
+  """Reports a field that is missing or isn't a string."""
+  if isinstance(value, str):
+    return True
+  names = list(names)
+  if field in names:
+    what = f"field {field!r} is {type(value).__name__}, not a string"
+  else:
+    what = f"no field {field!r} (there are: {', '.join(names) or 'none'})"
+  report(where, what, "set data.text_field")
+  return False
+
+
+def _table(
+  path: str, field: str, encoding: str, kind: str, report: _Report
+) -> Iterator[tuple[str, str]]:
+  """Yields the texts of a .csv or .tsv file; its first row is the header."""
+  csv.field_size_limit(_MAX_FIELD)
+  lines = (line + "\n" for _, line in _lines(path, encoding))
+  if kind == ".tsv":
+    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+  else:
+    rows = csv.reader(lines, strict=True)
+  header: list[str] = []
+  while True:
+    number = rows.line_num + 1
+    where = f"{path}:{number}"
+    try:
+      row = next(rows)
+    except StopIteration:
+      return
+    except csv.Error as error:
+      report(where, f"broken row ({error})", "quote it as csv wants it")
+      continue
+    if not row:
+      continue
+    if not header:
+      header = row
+      if not _has_text(
+        field if field in header else None, field, header, where, report
+      ):
+        return
+      column = header.index(field)
+    elif len(row) != len(header):
+      what = f"{len(row)} fields in a table of {len(header)} columns"
+      report(where, what, "mend the row")
+    else:
+      for _, text in _decoded(path, encoding, [(number, row[column])], report):
+        yield where, text
+
+
+def _parquet(
+  path: str, field: str, report: _Report
+) -> Iterator[tuple[str, str]]:
+  """Yields the texts of a Parquet file's column, a batch of rows at a time."""
+  import pyarrow
+  import pyarrow.parquet
+
+  number = 0
+  try:
+    with _seekable(path) as file:
+      table = pyarrow.parquet.ParquetFile(file)
+      schema = table.schema_arrow
+      if field not in schema.names:
+        _has_text(None, field, schema.names, path, report)
+        return
+      for batch in table.iter_batches(256, columns=[field], use_threads=False):
+        for value in batch.column(0):
+          number += 1
+          where = f"{path}:{number}"
+          try:
+            text = value.as_py()
+          except UnicodeDecodeError as error:
+            report(where, f"not utf-8 ({error})", "")
+            continue
+          if _has_text(text, field, schema.names, where, report):
+            yield where, text
+  except (*_DAMAGE, pyarrow.ArrowException) as error:
+    raise _damage(f"{path}:{number + 1}", path, "utf-8", error) from None
+
+
+def _seekable(path: str) -> BinaryIO:
+  """Opens a file that is read from its end; archives go through the disk."""
+  if not _ending(path)[1]:
+    return open(path, "rb")
+  file = tempfile.TemporaryFile()  # noqa: SIM115
+  with _open(path) as archive:
+    shutil.copyfileobj(archive, file)
+  return file
+
+
+# Examples read at once; one by one takes half as long again.
+_TFDS_BATCH = 256
+_TFDS = re.compile(r"tfds:([^:]+(?::\d[\w.*]*)?)(?::(.+))?")
+
+
+def _tfds(
+  spec: str, field: str, data_dir: str | None, report: _Report
+) -> Iterator[tuple[str, str]]:
+  """Yields the texts of a data set that TensorFlow Datasets has prepared."""
+  match = _TFDS.fullmatch(spec)
+  if match is None:
+    raise InputError(f"{spec}: write it tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
+  name, split = match[1], match[2] or "train"
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
+
+  place = data_dir or "the default folder of TensorFlow Datasets"
+  try:
+    # From the files alone: the code that made them may be anywhere.
+    builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except (tfds.core.DatasetNotFoundError, ValueError):
+    raise InputError(
+      f"data.source={spec}: no prepared data set {name} in {place}; set"
+      " data.tfds_dir, or prepare it with file_format='array_record'"
+    ) from None
+  whole = re.match(r"\w+", split)
+  if whole is None or whole[0] not in builder.info.splits:
+    raise InputError(
+      f"data.source={spec}: no split {split!r}; there are:"
+      f" {', '.join(builder.info.splits)}"
+    )
+  names = list(builder.info.features)
+  if field not in names:
+    _has_text(None, field, names, spec, report)
+    return
+  try:
+    rows = builder.as_data_source(split)
+  except NotImplementedError:
+    raise InputError(
+      f"data.source={spec}: prepared as {builder.info.file_format.value}, which"
+      " needs TensorFlow; prepare it again with file_format='array_record'"
+    ) from None
+  except (ValueError, OSError) as error:
+    raise InputError(f"data.source={spec}: {_first_line(error)}") from None
+  for start in range(0, len(rows), _TFDS_BATCH):
+    indices = range(start, min(start + _TFDS_BATCH, len(rows)))
+    try:
+      batch = rows.__getitems__(indices)
+    except (RuntimeError, ValueError, OSError) as error:
+      what = f"truncated or damaged ({_first_line(error)})"
+      report(f"{spec}[{start}]", what, "prepare it again")
+      return
+    for index, row in zip(indices, batch, strict=True):
+      where = f"{spec}[{index}]"
+      value = row[field]
+      if isinstance(value, bytes):
+        try:
+          value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+          report(where, f"not utf-8 ({error})", "")
+          continue
+      if _has_text(value, field, names, where, report):
+        yield where, value
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Parts of the standard library that aren't documentation of it, or whose
+# texts are copies of other packages.
+_NOT_STDLIB = {
+  "__phello__",
+  "__pycache__",
+  "_bundled",
+  "_distutils_hack",
+  "dist-packages",
+  "idlelib",
+  "lib2to3",
+  "pip",
+  "pkg_resources",
+  "pydoc_data",
+  "setuptools",
+  "site-packages",
+  "test",
+  "tests",
+  "turtledemo",
+}
+
+
+def _embedded() -> Iterator[tuple[str, str]]:
+  """Yields the texts that come with the Python that is running.
+
+  These are the topics of `help()` (`pydoc_data.topics`) and the docstrings of
+  the standard library's modules, classes and functions, which are read from
+  the source, not imported. Docstrings of fewer than 40 characters are left
+  out, and near-duplicates: a text of which more than half of the 5-word
+  shingles have stood in texts before it.
+
+  Raises:
+    InputError: This Python comes with neither.
+  """
+  seen: set[str] = set()
+  short: set[str] = set()
+  some = False
+  for where, text in itertools.chain(_topics(), _docstrings()):
+    words = re.findall(r"\w+", text.lower())
+    shingles = {" ".join(words[i : i + 5]) for i in range(len(words) - 4)}
+    if not shingles:
+      key = " ".join(words)
+      fresh = key not in short
+      short.add(key)
+    else:
+      fresh = 2 * len(shingles & seen) <= len(shingles)
+    if fresh:
+      seen |= shingles
+      some = True
+      yield f"embedded:{where}", text
+  if not some:
+    raise InputError(
+      "data.source=embedded: this Python comes without pydoc_data and without"
+      f" the source of its library ({sysconfig.get_path('stdlib')}); install"
+      " them or name a source of your own"
+    )
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+  try:
+    from pydoc_data.topics import topics
+  except ImportError:  # Debian has it in a package of its own.
+    return
+  for name in sorted(topics):
+    yield f"topics.{name}", topics[name].strip()
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+  root = sysconfig.get_path("stdlib")
+  for folder, folders, names in os.walk(root):
+    folders[:] = sorted(
+      name
+      for name in folders
+      if name not in _NOT_STDLIB and not name.startswith(("config-", "."))
+    )
+    for name in sorted(names):
+      if not name.endswith(".py"):
+        continue
+      path = os.path.join(folder, name)
+      try:
+        with open(path, "rb") as file:
+          tree = ast.parse(file.read())
+      except (OSError, SyntaxError, ValueError):
+        continue  # A broken or foreign file in there isn't our business.
+      module = os.path.relpath(path, root).removesuffix(".py")
+      module = module.replace(os.sep, ".").removesuffix(".__init__")
+      for dotted, docstring in _docstrings_in(tree, module):
+        if len(docstring) >= 40:
+          yield dotted, docstring
+
+
+def _docstrings_in(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+  docstring = ast.get_docstring(node, clean=False)
+  if docstring:
+    yield name, inspect.cleandoc(docstring)
+  for child in node.body:
+    if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+      yield from _docstrings_in(child, f"{name}.{child.name}")

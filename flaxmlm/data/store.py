@@ -1,0 +1,411 @@
+"""The token store: flat arrays in a folder, written once, read by memory map.
+
+```
+manifest.json          spec, counts, vocabulary, a sha256 of every file
+counts.bin             int64 [V], how often each id comes in the training split
+train/ids.bin          uint16 or uint32 [tokens], documents one after another
+train/flags.bin        uint8 [tokens], WORD_START | SENTENCE_START
+train/offsets.bin      int64 [documents + 1], where each document begins
+train/sources.bin      uint16 [documents], ascending: index into its sources
+validation/…           the same
+tokenizer/             what turns the ids into text again
+rows/                  plans made from the store (see rows.py); may be deleted
+```
+All arrays are little-endian. Documents stand there without [CLS] and [SEP],
+which `batches` puts around each piece: one store serves every row length.
+
+A store is assembled from shards. A shard is the tokens of some documents in
+reading order; how the documents are cut into shards depends on the documents
+alone, so the store is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxmlm import InputError
+
+WORD_START = 1
+SENTENCE_START = 2
+
+SPLITS = ("train", "validation")
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+_FINGERPRINTS = 1 << 22  # sorted at a time, so that memory is bounded
+
+
+class Split(NamedTuple):
+  """One split's arrays; T tokens, N documents. Memory maps."""
+
+  ids: np.ndarray  # uint16 or uint32 [T]
+  flags: np.ndarray  # uint8 [T]
+  offsets: np.ndarray  # int64 [N + 1]
+  sources: np.ndarray  # uint16 [N]
+
+
+class TokenStore(NamedTuple):
+  """An open store."""
+
+  folder: str
+  hash: str  # sha256 of the manifest, which has a sha256 of every file
+  manifest: dict[str, Any]
+  vocab: dict[str, int]  # size, pad, unk, cls, sep, mask
+  counts: np.ndarray  # int64 [V], training unigrams
+  train: Split
+  validation: Split
+
+
+class Shard(NamedTuple):
+  """The tokens of D documents that stand together in reading order.
+
+  `counts` has the documents "read" and those dropped ("too_short", "empty"),
+  and how many documents each cleaning step changed ("cleaned:STEP").
+  """
+
+  ids: np.ndarray  # uint16 or uint32 [T]
+  flags: np.ndarray  # uint8 [T]
+  lengths: np.ndarray  # int64 [D], tokens of each document
+  characters: np.ndarray  # int64 [D], after cleaning
+  fingerprints: np.ndarray  # uint64 [D], of the cleaned text
+  sources: np.ndarray  # uint16 [D]
+  counts: Counter[str]
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+  """Returns the dtype that ids are stored in."""
+  return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def open_store(folder: str) -> TokenStore:
+  """Opens a store; nothing but its manifest and counts is read into memory.
+
+  Raises:
+    InputError: There is no store, it is of another version, or a file is
+      missing or of the wrong size.
+  """
+  path = os.path.join(folder, MANIFEST)
+  try:
+    with open(path, "rb") as file:
+      text = file.read()
+    manifest = json.loads(text)
+    version, files = manifest["format"], manifest["files"]
+  except OSError as error:
+    raise InputError(
+      f"{path}: {error.strerror}; make a store by"
+      f" python -m flaxmlm.prepare --out={folder}"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(f"{path}: not the manifest of a store") from error
+  if version != FORMAT:
+    raise InputError(
+      f"{path}: store format {version}, this version reads {FORMAT}; make it"
+      " again by python -m flaxmlm.prepare"
+    )
+  for name, facts in files.items():
+    file = os.path.join(folder, name)
+    size = os.path.getsize(file) if os.path.exists(file) else None
+    if size != facts["bytes"]:
+      found = "missing" if size is None else f"{size} bytes"
+      raise InputError(
+        f"{file}: {found}, should be {facts['bytes']} bytes; delete {folder}"
+        " and prepare it again"
+      )
+  dtypes = {
+    "ids": np.dtype(manifest["dtype"]),
+    "flags": np.dtype("u1"),
+    "offsets": np.dtype("<i8"),
+    "sources": np.dtype("<u2"),
+  }
+  splits = [
+    Split(
+      **{
+        field: _map(os.path.join(folder, split, f"{field}.bin"), dtype)
+        for field, dtype in dtypes.items()
+      }
+    )
+    for split in SPLITS
+  ]
+  counts = np.fromfile(os.path.join(folder, "counts.bin"), "<i8")
+  digest = hashlib.sha256(text).hexdigest()
+  return TokenStore(
+    folder, digest, manifest, manifest["vocab"], counts, *splits
+  )
+
+
+def verify(store: TokenStore) -> None:
+  """Reads every file and compares its sha256 with the manifest's.
+
+  Raises:
+    InputError: A file has changed since the store was made.
+  """
+  for name, facts in store.manifest["files"].items():
+    path = os.path.join(store.folder, name)
+    if _sha256(path) != facts["sha256"]:
+      raise InputError(
+        f"{path}: its sha256 isn't the manifest's, the file is damaged; delete"
+        f" {store.folder} and prepare it again"
+      )
+
+
+def validation_bound(fraction: float) -> int:
+  """Returns what the fingerprints of validation documents are below.
+
+  Args:
+    fraction: Share of the documents, under 1.
+  """
+  return int(fraction * 2.0**64)
+
+
+def write_atomically(path: str, data: bytes) -> None:
+  """Writes a file that is there whole or not at all."""
+  with open(f"{path}.tmp", "wb") as file:
+    file.write(data)
+  os.replace(f"{path}.tmp", path)
+
+
+def save_shard(path: str, shard: Shard, key: str) -> None:
+  """Writes a shard, whole or not at all; `key` names what it was made of."""
+  meta = json.dumps({"key": key, "counts": shard.counts})
+  arrays = shard._asdict() | {"counts": np.frombuffer(meta.encode(), np.uint8)}
+  with open(f"{path}.tmp", "wb") as file:
+    np.savez(file, **arrays)
+  os.replace(f"{path}.tmp", path)
+
+
+def load_shard(path: str) -> Shard:
+  """Reads what `save_shard` wrote."""
+  with np.load(path) as arrays:
+    values = {name: arrays[name] for name in Shard._fields}
+  meta = json.loads(values["counts"].tobytes())
+  return Shard(**values | {"counts": Counter(meta["counts"])})
+
+
+def shard_tokens(path: str, key: str) -> int | None:
+  """Returns a shard's tokens if it is there, whole and made of `key`."""
+  try:
+    with np.load(path) as arrays:
+      meta = json.loads(arrays["counts"].tobytes())
+      return int(arrays["lengths"].sum()) if meta["key"] == key else None
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    return None
+
+
+def assemble(
+  folder: str,
+  shards: Sequence[str],
+  *,
+  vocab: Mapping[str, int],
+  validation_fraction: float,
+  validation_source: int | None,
+  deduplicate: bool,
+  facts: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Makes the store's files out of shards; the manifest comes last.
+
+  A document goes to validation if its fingerprint lies in the lowest
+  `validation_fraction` of the 64-bit range, whatever else is in the corpus. If
+  validation has sources of its own, training documents that stand there too
+  are dropped instead. Of copies the first one in reading order stays.
+
+  Args:
+    folder: Where to; has `tokenizer/` already.
+    shards: Shard files in reading order.
+    vocab: size, pad, unk, cls, sep, mask.
+    validation_fraction: See above.
+    validation_source: Sources from this index on are validation's own. None:
+      split by fingerprint.
+    deduplicate: Whether to drop copies.
+    facts: Further entries of the manifest.
+
+  Returns:
+    The manifest.
+  """
+  fingerprints, sources, counts = _read_heads(shards)
+  if validation_source is None:
+    validation = fingerprints < np.uint64(validation_bound(validation_fraction))
+  else:
+    validation = sources >= validation_source
+  keep = _choose(
+    fingerprints,
+    validation,
+    disjoint=validation_source is not None,
+    deduplicate=deduplicate,
+    counts=counts,
+  )
+  splits = {"train": keep & ~validation, "validation": keep & validation}
+  files, figures, unigrams = _write_splits(folder, shards, splits, vocab)
+  for name in sorted(os.listdir(os.path.join(folder, "tokenizer"))):
+    name = f"tokenizer/{name}"
+    path = os.path.join(folder, name)
+    files[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+  manifest = {
+    "format": FORMAT,
+    **facts,
+    "dtype": id_dtype(vocab["size"]).str,
+    "vocab": dict(vocab),
+    "documents": {
+      "read": counts["read"],
+      "kept": int(keep.sum()),
+      "dropped": {
+        reason: counts[reason]
+        for reason in ("too_short", "empty", "duplicate", "in_validation")
+      },
+    },
+    "cleaned": {
+      name.removeprefix("cleaned:"): count
+      for name, count in sorted(counts.items())
+      if name.startswith("cleaned:")
+    },
+    "splits": figures,
+    "unknown_tokens": int(unigrams["all"][vocab["unk"]]),
+    "files": files,
+  }
+  text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+  write_atomically(os.path.join(folder, MANIFEST), text.encode())
+  return manifest
+
+
+def _read_heads(
+  shards: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+  """Returns what is known of each document, without reading the tokens."""
+  fingerprints = [np.zeros(0, np.uint64)]
+  sources = [np.zeros(0, np.uint16)]
+  counts: Counter[str] = Counter()
+  for path in shards:
+    with np.load(path) as arrays:
+      fingerprints.append(arrays["fingerprints"])
+      sources.append(arrays["sources"])
+      counts.update(json.loads(arrays["counts"].tobytes())["counts"])
+  return np.concatenate(fingerprints), np.concatenate(sources), counts
+
+
+def _choose(
+  fingerprints: np.ndarray,
+  validation: np.ndarray,
+  *,
+  disjoint: bool,
+  deduplicate: bool,
+  counts: Counter[str],
+) -> np.ndarray:
+  """Returns which documents are kept (bool [D]); counts why others are not.
+
+  Works on ranges of fingerprints of some four million, one after another.
+  """
+  keep = np.ones(len(fingerprints), bool)
+  bits = max(len(fingerprints) // _FINGERPRINTS, 1).bit_length() - 1
+  ranges = None
+  if bits:
+    ranges = (fingerprints >> np.uint64(64 - bits)).astype(np.uint32)
+  for number in range(1 << bits):
+    here = (
+      np.arange(len(fingerprints))
+      if ranges is None
+      else np.flatnonzero(ranges == number)
+    )
+    training, held_out = here[~validation[here]], here[validation[here]]
+    if disjoint:
+      known = np.isin(fingerprints[training], fingerprints[held_out])
+      keep[training[known]] = False
+      counts["in_validation"] += int(known.sum())
+      training = training[~known]
+    if deduplicate:
+      for part in (training, held_out):
+        _, first = np.unique(fingerprints[part], return_index=True)
+        copies = np.ones(len(part), bool)
+        copies[first] = False
+        keep[part[copies]] = False
+        counts["duplicate"] += int(copies.sum())
+  return keep
+
+
+def _write_splits(
+  folder: str,
+  shards: Sequence[str],
+  splits: Mapping[str, np.ndarray],
+  vocab: Mapping[str, int],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+  """Writes all arrays, one shard in memory at a time."""
+  writers: dict[str, _Writer] = {}
+  for split in SPLITS:
+    os.makedirs(os.path.join(folder, split), exist_ok=True)
+    for field in Split._fields:
+      name = f"{split}/{field}.bin"
+      writers[name] = _Writer(os.path.join(folder, name))
+  figures = {
+    split: {"documents": 0, "tokens": 0, "characters": 0} for split in SPLITS
+  }
+  unigrams = {
+    name: np.zeros(vocab["size"], np.int64) for name in ("train", "all")
+  }
+  dtype = id_dtype(vocab["size"])
+  for split in SPLITS:
+    writers[f"{split}/offsets.bin"].write(np.zeros(1, "<i8"))
+  first = 0
+  for path in shards:
+    shard = load_shard(path)
+    here = slice(first, first + len(shard.lengths))
+    first = here.stop
+    for split in SPLITS:
+      chosen = splits[split][here]
+      tokens = np.repeat(chosen, shard.lengths)
+      lengths = shard.lengths[chosen]
+      ids = shard.ids[tokens]
+      ends = figures[split]["tokens"] + np.cumsum(lengths)
+      for field, array in (
+        ("ids", ids.astype(dtype)),
+        ("flags", shard.flags[tokens].astype("u1")),
+        ("offsets", ends.astype("<i8")),
+        ("sources", shard.sources[chosen].astype("<u2")),
+      ):
+        writers[f"{split}/{field}.bin"].write(array)
+      figures[split]["documents"] += len(lengths)
+      figures[split]["tokens"] += len(ids)
+      figures[split]["characters"] += int(shard.characters[chosen].sum())
+      seen = np.bincount(ids, minlength=vocab["size"])
+      unigrams["all"] += seen
+      if split == "train":
+        unigrams["train"] += seen
+  writers["counts.bin"] = _Writer(os.path.join(folder, "counts.bin"))
+  writers["counts.bin"].write(unigrams["train"].astype("<i8"))
+  files = {name: writer.close() for name, writer in writers.items()}
+  return files, figures, unigrams
+
+
+class _Writer:
+  """A file that knows its sha256."""
+
+  def __init__(self, path: str):
+    self._file = open(path, "wb")  # noqa: SIM115
+    self._hash = hashlib.sha256()
+
+  def write(self, array: np.ndarray) -> None:
+    data = memoryview(np.ascontiguousarray(array)).cast("B")
+    self._file.write(data)
+    self._hash.update(data)
+
+  def close(self) -> dict[str, Any]:
+    size = self._file.tell()
+    self._file.close()
+    return {"bytes": size, "sha256": self._hash.hexdigest()}
+
+
+def _sha256(path: str) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map(path: str, dtype: np.dtype) -> np.ndarray:
+  if os.path.getsize(path) == 0:  # which can't be mapped
+    return np.zeros(0, dtype)
+  # A plain view: indexing a np.memmap object costs several times as much.
+  return np.memmap(path, dtype, mode="r").view(np.ndarray)

@@ -1,0 +1,248 @@
+"""A trained model with its tokenizer, as `flaxmlm.load(folder)` returns it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from flaxmlm import InputError, models, tokenizers
+from flaxmlm.models import Inputs, Model
+from flaxmlm.models.model import Params
+from flaxmlm.tokenizers import Tokenizer
+from flaxmlm.training import checkpoints
+
+MASK = "[MASK]"
+_ROWS = 32  # rows that go through the model at a time
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+  """A model with its parameters, its tokenizer and the config of its run.
+
+  Attributes:
+    config: The run's config, as nested dicts.
+    step: Training steps that the parameters have seen.
+    max_length: Longest text, in tokens with [CLS] and [SEP]: the row length of
+      the training, for positions beyond it were never learnt.
+  """
+
+  tokenizer: Tokenizer
+  config: dict[str, Any]
+  step: int
+  max_length: int
+  model: Model
+  params: Params
+
+  def encode(
+    self,
+    input_ids: Int[np.ndarray, "B L"],
+    attention_mask: Int[np.ndarray, "B L"] | None = None,
+    token_type_ids: Int[np.ndarray, "B L"] | None = None,
+  ) -> Float[np.ndarray, "B L D"]:
+    """Returns the hidden states of the last layer, float32.
+
+    Args:
+      input_ids: Token ids, [CLS] and [SEP] included.
+      attention_mask: 1 for tokens, 0 for padding; all 1 by default. Hidden
+        states of padding mean nothing.
+      token_type_ids: Segment A or B (0, 1) of pairs; all 0 by default.
+
+    Raises:
+      InputError: Rows longer than the model's positions, ids outside of its
+        vocabulary, or shapes that differ.
+    """
+    return self._run(_encode, input_ids, attention_mask, token_type_ids)
+
+  def logits(
+    self,
+    input_ids: Int[np.ndarray, "B L"],
+    attention_mask: Int[np.ndarray, "B L"] | None = None,
+    token_type_ids: Int[np.ndarray, "B L"] | None = None,
+  ) -> Float[np.ndarray, "B L V"]:
+    """Returns the masked-language-model logits at every token, float32.
+
+    Arguments and errors are those of `encode`.
+    """
+    return self._run(_logits, input_ids, attention_mask, token_type_ids)
+
+  def fill_mask(
+    self, texts: str | Sequence[str], top_k: int = 5
+  ) -> list[dict[str, Any]] | list[Any]:
+    """Returns the likeliest tokens for each [MASK], as Hugging Face does.
+
+    Args:
+      texts: A text, or several; each holds at least one `[MASK]`.
+      top_k: How many tokens.
+
+    Returns:
+      For a text with one [MASK]: a list of dicts, best first, with `score` (a
+      probability), `token` (its id), `token_str` and `sequence` (the text with
+      the token in place). For several [MASK]: a list of such lists, where the
+      other ones stay [MASK] in `sequence`. For several texts: a list of these.
+
+    Raises:
+      InputError: A text is empty, has no [MASK], or is longer than
+        `max_length` (nothing is cut off silently).
+    """
+    single = isinstance(texts, str)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    vocab = self.tokenizer.vocab
+    if not 1 <= top_k <= vocab.size:
+      raise InputError(f"top_k={top_k}: wants 1 to {vocab.size}")
+    rows = [self._with_masks(text) for text in texts]
+    results = []
+    for first in range(0, len(rows), _ROWS):
+      part = rows[first : first + _ROWS]
+      ids = _pad(part, vocab.pad)
+      slots = _pad([np.flatnonzero(row == vocab.mask) for row in part], 0)
+      logits = self._run(_logits_at, ids, ids != vocab.pad, None, slots)
+      for row, scores in zip(part, logits, strict=True):
+        results.append(self._fill(row, scores, top_k))
+    return results[0] if single else results
+
+  def _with_masks(self, text: str) -> np.ndarray:
+    vocab, shown = self.tokenizer.vocab, text[:40]
+    if not text.strip():
+      raise InputError(f"fill_mask: empty text; write one with a {MASK}")
+    if MASK not in text:
+      raise InputError(f"fill_mask: no {MASK} in {shown!r}")
+    ids = self.tokenizer.encode(text)
+    if len(ids) + 2 > self.max_length:
+      raise InputError(
+        f"fill_mask: {shown!r}… has {len(ids)} tokens; at most"
+        f" {self.max_length - 2} fit the model; shorten it"
+      )
+    return np.concatenate([[vocab.cls], ids, [vocab.sep]]).astype(np.int32)
+
+  def _fill(self, row: np.ndarray, logits: np.ndarray, top_k: int) -> list[Any]:
+    filled = []
+    places = np.flatnonzero(row == self.tokenizer.vocab.mask)
+    for place, scores in zip(places, logits.astype(np.float64), strict=False):
+      scores = np.exp(scores - scores.max())
+      scores /= scores.sum()
+      best = np.argsort(-scores, kind="stable")[:top_k]
+      guesses = []
+      for token in best:
+        sequence = row.copy()
+        sequence[place] = token
+        guesses.append(
+          {
+            "score": float(scores[token]),
+            "token": int(token),
+            "token_str": self.tokenizer.decode([token]),
+            "sequence": self.tokenizer.decode(sequence),
+          }
+        )
+      filled.append(guesses)
+    return filled[0] if len(filled) == 1 else filled
+
+  def _run(
+    self, function, input_ids, attention_mask, token_type_ids, slots=None
+  ) -> np.ndarray:
+    ids = np.asarray(input_ids, np.int32)
+    if ids.ndim != 2 or ids.size == 0:
+      raise InputError(f"input_ids: wants a shape [B, L], has {ids.shape}")
+    valid = np.ones_like(ids) if attention_mask is None else attention_mask
+    types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
+    B, L = ids.shape
+    options = self.config["model"]
+    for name, array in (("attention_mask", valid), ("token_type_ids", types)):
+      if np.shape(array) != ids.shape:
+        raise InputError(f"{name}: shape {np.shape(array)}, not {ids.shape}")
+    if options["max_positions"] < L:
+      raise InputError(
+        f"input_ids: rows of {L} tokens; the model has"
+        f" {options['max_positions']} positions"
+      )
+    size = self.tokenizer.vocab.size
+    if ids.min() < 0 or ids.max() >= size:
+      raise InputError(f"input_ids: outside of the vocabulary 0 … {size - 1}")
+    # A few static shapes, so that few programs are compiled.
+    rows = 1 << (B - 1).bit_length()
+    length = min(max(16, 1 << (L - 1).bit_length()), options["max_positions"])
+    space = ((0, rows - B), (0, length - L))
+    inputs = Inputs(
+      ids=jnp.asarray(np.pad(ids, space)),
+      segments=jnp.asarray(np.pad(np.asarray(valid, np.int32), space)),
+      positions=jnp.broadcast_to(jnp.arange(length), (rows, length)),
+      token_types=jnp.asarray(np.pad(np.asarray(types, np.int32), space)),
+    )
+    if slots is None:
+      return np.asarray(function(self.model, self.params, inputs)[:B, :L])
+    most = 1 << (slots.shape[1] - 1).bit_length()
+    slots = np.pad(slots, ((0, rows - B), (0, most - slots.shape[1])))
+    return np.asarray(function(self.model, self.params, inputs, slots)[:B])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: Model, params: Params, inputs: Inputs) -> jax.Array:
+  return model.encode(params, inputs, None).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Model, params: Params, inputs: Inputs) -> jax.Array:
+  hidden = model.encode(params, inputs, None)
+  return model.predict(params, hidden).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_at(
+  model: Model, params: Params, inputs: Inputs, slots: jax.Array
+) -> jax.Array:
+  hidden = model.encode(params, inputs, None)
+  hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
+  return model.predict(params, hidden).astype(jnp.float32)
+
+
+def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+  """Returns rows filled up with a value to the longest, int32 [B L]."""
+  result = np.full((len(rows), max(map(len, rows))), value, np.int32)
+  for number, row in enumerate(rows):
+    result[number, : len(row)] = row
+  return result
+
+
+def load(folder: str) -> LoadedModel:
+  """Loads a trained model from a workdir.
+
+  Args:
+    folder: Workdir of a `train` run: its newest checkpoint is taken.
+
+  Raises:
+    InputError: The folder is none, or has no checkpoint.
+  """
+  path = os.path.join(folder, "config.json")
+  if not os.path.isfile(path):
+    raise InputError(f"{folder}: no workdir of a run (no config.json there)")
+  with open(path, encoding="utf-8") as file:
+    config = json.load(file)
+  tokenizer = tokenizers.load(os.path.join(folder, "tokenizer"))
+  model = models.build(
+    config["model"],
+    vocab_size=tokenizer.vocab.size,
+    dtype=config["train"]["dtype"],
+  )
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  directory = os.path.abspath(os.path.join(folder, "checkpoints"))
+  step, params = checkpoints.restore_params(directory, shapes)
+  return LoadedModel(
+    tokenizer=tokenizer,
+    config=config,
+    step=step,
+    max_length=config["data"]["row_length"],
+    model=model,
+    params=params,
+  )

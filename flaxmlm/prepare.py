@@ -1,0 +1,782 @@
+"""Makes a token store out of text: cleans, tokenizes, splits, de-duplicates.
+
+  python -m flaxmlm.prepare --config=configs/bert_mini.py --out=stores/novels \
+    --config.data.source='novels/*.txt'
+
+The folder has the tokenizer too: `train --config.data.store=DIR` needs nothing
+else. A run that was killed goes on where it was when it is started again; a
+store that is finished is left as it is. The store is the same, byte for byte,
+for any number of processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flaxmlm import InputError
+from flaxmlm import config as config_lib
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+  from flaxmlm.data.sources import BadRecords, Document
+  from flaxmlm.data.store import Shard, TokenStore
+  from flaxmlm.tokenizers import Tokenizer
+
+# Characters of a shard: large enough to keep a process busy for a fraction of a
+# second, small enough for its tokens to be a few MB.
+SHARD_CHARS = 4 << 20
+# A tokenizer's sample is drawn from so many times its size, not from more.
+_OVERSAMPLE = 8
+_BLOCK_CHARS = 1 << 20
+
+# Called with bytes, documents and tokens that have been done so far.
+Update = Callable[[int, int, int], None]
+
+
+def main() -> None:  # noqa: D103
+  parser = config_lib.parser(__doc__, workdir=False)
+  parser.add_argument("--out", metavar="DIR", help="folder of the store")
+  parser.add_argument(
+    "--dry_run",
+    action="store_true",
+    help="show ten documents before and after cleaning; write nothing",
+  )
+  parser.add_argument(
+    "--json", metavar="FILE", help="write the closing table here as JSON"
+  )
+  args, config = config_lib.parse(parser)
+  if args.dry_run:
+    print_dry_run(config)
+    return
+  if args.out is None:
+    raise InputError("--out=DIR is missing: the folder of the store")
+  if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+    raise InputError(f"--json={args.json}: no such folder")
+
+  from flaxmlm.data import rows, store
+
+  finished = os.path.exists(os.path.join(args.out, store.MANIFEST))
+  seconds: dict[str, float] = {}
+  made = prepare_store(config, args.out, seconds=seconds)
+  if finished:
+    store.verify(made)
+    print(f"{args.out}: nothing to do, the store is finished and undamaged")
+  fill = rows.load(made, "train", config.data.row_length).fill
+  facts = summary(made.manifest) | {
+    "row_length": config.data.row_length,
+    "row_fill": fill,
+  }
+  if not finished:
+    facts["seconds"] = seconds
+    rate = facts["bytes"] / 1e6 / sum(seconds.values())
+    facts["megabytes_per_second"] = rate
+  print_summary(facts)
+  if args.json:
+    with open(args.json, "w", encoding="utf-8") as file:
+      json.dump(facts, file, indent=2)
+      file.write("\n")
+  given = f" --config={args.config}" if args.config else ""
+  print(f"store: {args.out}")
+  print(
+    f"next:  python -m flaxmlm.train{given} --config.data.store={args.out}"
+    " --workdir=runs/NAME"
+  )
+
+
+def prepare_store(
+  config: ConfigDict,
+  out: str,
+  *,
+  progress: bool = True,
+  seconds: dict[str, float] | None = None,
+) -> TokenStore:
+  """Makes the store of a config at `out`, or opens the one that is there.
+
+  Work in progress is kept in `OUT.partial`; a later call with the same config
+  goes on from there, with another config it starts over. Memory is bounded: by
+  some shards a process, whatever the size of the text.
+
+  Args:
+    config: The keys under `data` and `tokenizer` are used.
+    out: Folder of the store.
+    progress: Whether to show progress, on standard output.
+    seconds: Is filled with how long each stage took.
+
+  Returns:
+    The open store.
+
+  Raises:
+    InputError: `out` holds something else or the store of another config, or
+      another process is making it; a source can't be read; nothing is left to
+      train on or to validate with.
+  """
+  from flaxmlm import tokenizers
+  from flaxmlm.data import store
+
+  given = None
+  if config.tokenizer.path is not None:
+    given = tokenizers.load(
+      config.tokenizer.path,
+      lowercase=config.tokenizer.lowercase or None,
+      words="jieba" if config.tokenizer.words == "jieba" else None,
+    )
+  spec = store_spec(config, given)
+  partial = out.rstrip(os.sep) + ".partial"
+  if os.path.exists(os.path.join(out, store.MANIFEST)):
+    made = store.open_store(out)
+    check_same(made.manifest["spec"], spec, out)
+    shutil.rmtree(partial, ignore_errors=True)  # killed while it was deleted
+    return made
+  if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    raise InputError(f"{out}: exists and isn't a store; use another folder")
+
+  began = [time.perf_counter()]
+  seconds = {} if seconds is None else seconds
+
+  def finished(stage: str) -> None:
+    began.append(time.perf_counter())
+    seconds[stage] = began[-1] - began[-2]
+
+  with _started(partial, spec, say=print if progress else None):
+    final = os.path.join(partial, "store")
+    folder = os.path.join(final, "tokenizer")
+    if not os.path.isdir(folder):
+      if given is None and progress:
+        print("training the tokenizer", flush=True)
+      unfinished = os.path.join(partial, "tokenizer")
+      (given or train_tokenizer(config)).save(unfinished)
+      os.rename(unfinished, folder)
+    tokenizer = tokenizers.load(folder)
+    finished("tokenizer")
+    with _progress(progress, _total_bytes(config)) as update:
+      paths, bad, size = _tokenize(
+        config, partial, folder, tokenizer.fingerprint, update
+      )
+    finished("tokens")
+    if progress:
+      for message in _bad_lines(bad):
+        print(message)
+      print("putting the store together", flush=True)
+    manifest = store.assemble(
+      final,
+      paths,
+      vocab=tokenizer.vocab._asdict(),
+      validation_fraction=config.data.validation_fraction,
+      validation_source=_first_validation_source(config),
+      deduplicate=config.data.cleaning.deduplicate,
+      facts={
+        "spec": spec,
+        "tokenizer": tokenizer.fingerprint,
+        "bytes": size,
+        "bad_records": bad.count,
+      },
+    )
+    _check_not_empty(manifest, config)
+    os.replace(final, out)
+    shutil.rmtree(partial, ignore_errors=True)
+    finished("store")
+  return store.open_store(out)
+
+
+def train_tokenizer(config: ConfigDict) -> Tokenizer:
+  """Trains the tokenizer of a config on a sample of its training text.
+
+  Raises:
+    InputError: A source can't be read, there is no text, or too little of it.
+  """
+  from flaxmlm import tokenizers
+
+  texts = _tokenizer_texts(config)
+  first = next(texts, None)
+  if first is None:
+    raise InputError(
+      f"data.source={config.data.source}: no text to train a tokenizer on; all"
+      " of it is for validation (data.validation_fraction) or shorter than"
+      f" data.cleaning.min_chars={config.data.cleaning.min_chars}"
+    )
+  return tokenizers.train(
+    itertools.chain([first], texts),
+    kind=config.tokenizer.kind,
+    vocab_size=config.tokenizer.vocab_size,
+    lowercase=config.tokenizer.lowercase,
+    words=config.tokenizer.words,
+    sample_chars=config.tokenizer.sample_chars,
+  )
+
+
+def tokenize_shard(
+  documents: Iterable[tuple[str, int]],
+  tokenizer: Tokenizer,
+  cleaning: Mapping[str, Any],
+) -> Shard:
+  """Cleans and tokenizes documents: a pure function, run anywhere.
+
+  Args:
+    documents: Texts, each with the index of its source.
+    tokenizer: Turns text into ids.
+    cleaning: The keys under `data.cleaning`.
+
+  Returns:
+    The documents that are left and what became of the others.
+  """
+  import numpy as np
+
+  from flaxmlm.data import store
+  from flaxmlm.data.cleaning import clean, fingerprint
+
+  counts: Counter[str] = Counter(read=0)
+  changed: Counter[str] = Counter()
+  texts, sources = [], []
+  for raw, source in documents:
+    counts["read"] += 1
+    text = clean(raw, cleaning, changed)
+    if text is not None:
+      texts.append(text)
+      sources.append(source)
+  encoded = tokenizer.encode_batch(texts)
+  lengths = np.array([len(e.ids) for e in encoded], np.int64)
+  some = np.flatnonzero(lengths)
+  counts["too_short"] = changed.pop("too_short", 0)
+  counts["empty"] = len(lengths) - len(some)
+  counts.update({f"cleaned:{step}": n for step, n in changed.items()})
+  dtype = store.id_dtype(tokenizer.vocab.size)
+  return store.Shard(
+    ids=np.concatenate([np.zeros(0, dtype), *(e.ids for e in encoded)]).astype(
+      dtype
+    ),
+    flags=np.concatenate([np.zeros(0, "u1"), *(e.flags for e in encoded)]),
+    lengths=lengths[some],
+    characters=np.array([len(texts[i]) for i in some], np.int64),
+    fingerprints=np.array([fingerprint(texts[i]) for i in some], np.uint64),
+    sources=np.array(sources, np.uint16)[some],
+    counts=counts,
+  )
+
+
+def store_spec(config: ConfigDict, tokenizer: Tokenizer | None) -> dict:
+  """Returns what a store's bytes depend on, by config key.
+
+  Files stand there by base name and size, so that a corpus may be moved.
+  """
+  names = ["text_field", "document", "encoding", "on_bad_record"]
+  spec = {
+    "data.source": _source_spec(config.data.source),
+    "data.validation_source": _source_spec(config.data.validation_source),
+    **{f"data.{name}": config.data[name] for name in names},
+  }
+  if config.data.validation_source is None:
+    spec["data.validation_fraction"] = config.data.validation_fraction
+  for name, value in config.data.cleaning.items():
+    spec[f"data.cleaning.{name}"] = value
+  if tokenizer is not None:
+    spec["tokenizer.path"] = tokenizer.fingerprint
+  else:
+    for name in ("kind", "vocab_size", "lowercase", "words", "sample_chars"):
+      spec[f"tokenizer.{name}"] = config.tokenizer[name]
+  return spec
+
+
+def check_same(old: Mapping, new: Mapping, out: str) -> None:
+  """Raises InputError that lists the differences if two specs differ."""
+  different = [
+    f"{name}: {_difference(old.get(name), new.get(name))}"
+    for name in dict.fromkeys([*old, *new])
+    if old.get(name) != new.get(name)
+  ]
+  if different:
+    raise InputError(
+      f"{out}: holds the store of another config ({'; '.join(different)});"
+      " use another --out or --workdir, or delete it"
+    )
+
+
+def summary(manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the figures of the closing table."""
+  splits, documents = manifest["splits"], manifest["documents"]
+  total = {
+    name: sum(split[name] for split in splits.values())
+    for name in ("tokens", "characters")
+  }
+  return {
+    "documents_read": documents["read"],
+    "documents_kept": documents["kept"],
+    "documents_train": splits["train"]["documents"],
+    "documents_validation": splits["validation"]["documents"],
+    "dropped": documents["dropped"],
+    "bad_records": manifest["bad_records"],
+    "cleaned": manifest["cleaned"],
+    "vocab_size": manifest["vocab"]["size"],
+    "tokens": total["tokens"],
+    "tokens_train": splits["train"]["tokens"],
+    "tokens_validation": splits["validation"]["tokens"],
+    "tokens_per_character": total["tokens"] / max(total["characters"], 1),
+    "unknown_rate": manifest["unknown_tokens"] / max(total["tokens"], 1),
+    "bytes": manifest["bytes"],
+  }
+
+
+def print_summary(facts: Mapping[str, Any]) -> None:
+  """Prints the closing table."""
+
+  def listed(counts: Mapping[str, int]) -> str:
+    shown = [
+      f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n
+    ]
+    return ", ".join(shown) or "0"
+
+  lines = {
+    "documents read": f"{facts['documents_read']:,}",
+    "kept": f"{facts['documents_kept']:,}"
+    f" ({facts['documents_train']:,} train,"
+    f" {facts['documents_validation']:,} validation)",
+    "dropped": listed(facts["dropped"]),
+    "bad records": f"{facts['bad_records']:,}",
+    "changed by cleaning": listed(facts["cleaned"]),
+    "vocabulary": f"{facts['vocab_size']:,}",
+    "tokens": f"{facts['tokens']:,} ({facts['tokens_train']:,} train,"
+    f" {facts['tokens_validation']:,} validation)",
+    "tokens a character": f"{facts['tokens_per_character']:.3f}",
+    "[UNK] rate": f"{facts['unknown_rate']:.4%}",
+    f"row fill at {facts['row_length']}": f"{facts['row_fill']:.2%}",
+  }
+  if "seconds" in facts:
+    stages = [f"{name} {s:.1f}" for name, s in facts["seconds"].items()]
+    total = sum(facts["seconds"].values())
+    lines["seconds"] = f"{total:.1f} ({', '.join(stages)})"
+    lines["MB/s"] = f"{facts['megabytes_per_second']:.1f}"
+  width = max(map(len, lines))
+  for name, value in lines.items():
+    print(f"{name:<{width}}  {value}")
+
+
+def print_dry_run(config: ConfigDict) -> None:
+  """Prints the first ten documents before and after cleaning."""
+  from flaxmlm.data.cleaning import clean
+
+  for document in itertools.islice(_documents(config), 10):
+    counts: Counter[str] = Counter()
+    text = clean(document.text, config.data.cleaning, counts)
+    steps = ", ".join(counts) or "nothing"
+    print(f"{document.where}: {len(document.text):,} characters")
+    print(f"  changed by: {steps}")
+    if text is None:
+      print(f"  before: {document.text[:70]!r}")
+      print("  after:  dropped")
+      continue
+    pairs = enumerate(zip(document.text, text, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), 0)
+    begin = max(first - 20, 0)
+    print(f"  before: {document.text[begin : begin + 70]!r}")
+    print(f"  after:  {text[begin : begin + 70]!r}")
+
+
+# Steps of prepare_store, in order.
+
+
+def _source_spec(source: str | tuple[str, ...] | None) -> list | None:
+  from flaxmlm.data import sources
+
+  if source is None:
+    return None
+  entries = []
+  for spec in config_lib.as_tuple(source):
+    named = sources.files([spec])
+    files = [[os.path.basename(f), os.path.getsize(f)] for f in named]
+    entries.append(files or spec)
+  return entries
+
+
+def _difference(old: Any, new: Any) -> str:
+  """Returns `old -> new`, of two lists of files the first that differs."""
+  if isinstance(old, list) and isinstance(new, list):
+    pairs = itertools.zip_longest(_flat(old), _flat(new), fillvalue="nothing")
+    return next((f"{a} -> {b}" for a, b in pairs if a != b), "other grouping")
+  return f"{old!r} -> {new!r}"
+
+
+def _flat(entries: list) -> list[str]:
+  """Returns one string a file or spec."""
+  lists = [[e] if isinstance(e, str) else e for e in entries]
+  return [
+    file if isinstance(file, str) else f"{file[0]} of {file[1]} bytes"
+    for files in lists
+    for file in files
+  ]
+
+
+@contextlib.contextmanager
+def _started(
+  partial: str, spec: Mapping, *, say: Callable[[str], None] | None
+) -> Iterator[None]:
+  """Locks the folder of unfinished work, empty unless it is of this spec."""
+  from flaxmlm.data.store import write_atomically
+
+  try:
+    os.makedirs(partial, exist_ok=True)
+    lock = open(os.path.join(partial, "lock"), "wb")  # noqa: SIM115
+  except OSError as error:
+    raise InputError(
+      f"{partial}: can't be written: {error.strerror}"
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise InputError(
+        f"{partial}: another process is making this store; wait for it"
+      ) from error
+    path = os.path.join(partial, "spec.json")
+    text = json.dumps(spec, indent=2).encode()
+    old = None
+    if os.path.exists(path):
+      with open(path, "rb") as file:
+        old = file.read()
+    if old not in (None, text) and say:
+      say(f"{partial}: unfinished work of another config, starting over")
+    if old != text:
+      for name in ("store", "shards", "tokenizer"):
+        shutil.rmtree(os.path.join(partial, name), ignore_errors=True)
+    elif say:
+      say(f"{partial}: going on with unfinished work")
+    for name in ("store", "shards"):
+      os.makedirs(os.path.join(partial, name), exist_ok=True)
+    write_atomically(path, text)
+    yield
+
+
+def _documents(
+  config: ConfigDict, bad: BadRecords | None = None, *, validation: bool = False
+) -> Iterator[Document]:
+  """Returns the training documents, then validation's own if asked for."""
+  from flaxmlm.data import sources
+
+  specs = config_lib.as_tuple(config.data.source)
+  if validation:
+    specs += config_lib.as_tuple(config.data.validation_source or ())
+  return sources.read(
+    specs,
+    text_field=config.data.text_field,
+    document=config.data.document,
+    encoding=config.data.encoding,
+    on_bad_record=config.data.on_bad_record,
+    max_bad_records=config.data.max_bad_records,
+    tfds_dir=config.data.tfds_dir,
+    bad=bad,
+  )
+
+
+def _first_validation_source(config: ConfigDict) -> int | None:
+  if config.data.validation_source is None:
+    return None
+  return len(config_lib.as_tuple(config.data.source))
+
+
+def _total_bytes(config: ConfigDict) -> int | None:
+  """Returns the size of the text, or None where it can't be known."""
+  from flaxmlm.data import sources
+
+  specs = config_lib.as_tuple(config.data.source)
+  specs += config_lib.as_tuple(config.data.validation_source or ())
+  files = [sources.files([spec]) for spec in specs]
+  plain = all(
+    path.endswith((".txt", ".jsonl", ".json", ".csv", ".tsv"))
+    for named in files
+    for path in named
+  )
+  if not plain or not all(files):
+    return None
+  return sum(os.path.getsize(path) for named in files for path in named)
+
+
+def _tokenizer_texts(config: ConfigDict) -> Iterator[str]:
+  """Yields cleaned training text for a tokenizer to draw its sample from.
+
+  Cleaning all of a large corpus twice would take long for a small sample: of
+  more than eight times the sample, a random part is taken (of documents over a
+  million characters, some blocks of lines: only there, validation text may be
+  among it).
+  """
+  from flaxmlm.data import store
+  from flaxmlm.data.cleaning import clean, fingerprint
+
+  total = _total_bytes(config) or 0
+  wanted = _OVERSAMPLE * config.tokenizer.sample_chars
+  texts = (document.text for document in _documents(config))
+  if total > wanted:
+    blocks = itertools.chain.from_iterable(map(_blocks, texts))
+    draw = random.Random(0)
+    texts = (text for text in blocks if draw.random() < wanted / total)
+  bound = 0
+  if config.data.validation_source is None:
+    bound = store.validation_bound(config.data.validation_fraction)
+  counts: Counter[str] = Counter()
+  for text in texts:
+    cleaned = clean(text, config.data.cleaning, counts)
+    if cleaned is not None and fingerprint(cleaned) >= bound:
+      yield cleaned
+
+
+def _blocks(text: str) -> Iterator[str]:
+  """Cuts a text at line ends into blocks of at most `_BLOCK_CHARS`."""
+  start = 0
+  while len(text) - start > _BLOCK_CHARS:
+    end = text.rfind("\n", start, start + _BLOCK_CHARS) + 1
+    end = end if end > start else start + _BLOCK_CHARS
+    yield text[start:end]
+    start = end
+  yield text[start:]
+
+
+class _Task(NamedTuple):
+  path: str
+  texts: list[str]
+  sources: list[int]
+  folder: str  # of the tokenizer
+  fingerprint: str
+  cleaning: dict[str, Any]
+
+
+class _Done(NamedTuple):
+  path: str
+  documents: int
+  tokens: int
+  bytes: int
+
+
+def _tokenize(
+  config: ConfigDict,
+  partial: str,
+  folder: str,
+  fingerprint: str,
+  update: Update,
+) -> tuple[list[str], BadRecords, int]:
+  """Writes the shards; returns them, the bad records and the bytes of text."""
+  from flaxmlm.data.sources import BadRecords
+
+  bad = BadRecords()
+  documents = _documents(config, bad, validation=True)
+  tasks = (
+    _Task(
+      os.path.join(partial, "shards", f"{number:06d}.npz"),
+      [document.text for document in part],
+      [document.source for document in part],
+      folder,
+      fingerprint,
+      config.data.cleaning.to_dict(),
+    )
+    for number, part in enumerate(_shards(documents))
+  )
+  first = list(itertools.islice(tasks, 2))
+  processes = config.data.processes or _cores()
+  # Starting processes takes longer than a single shard.
+  processes = processes if len(first) == 2 else 1
+  paths = []
+  total = Counter()
+  for done in _run(itertools.chain(first, tasks), processes):
+    paths.append(done.path)
+    total.update(done._asdict() | {"path": 0})
+    update(total["bytes"], total["documents"], total["tokens"])
+  return paths, bad, total["bytes"]
+
+
+def _cores() -> int:
+  """Returns how many cores this process may use, where that can be known."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _shards(documents: Iterable[Document]) -> Iterator[list[Document]]:
+  """Cuts documents into parts of some `SHARD_CHARS`, each at least one."""
+  part: list[Document] = []
+  size = 0
+  for document in documents:
+    part.append(document)
+    size += len(document.text)
+    if size >= SHARD_CHARS:
+      yield part
+      part, size = [], 0
+  if part:
+    yield part
+
+
+def _run(tasks: Iterable[_Task], processes: int) -> Iterator[_Done]:
+  """Does the tasks, some at a time, and yields what is done in their order."""
+  if processes == 1:
+    yield from map(_do, tasks)
+    return
+  pool = futures.ProcessPoolExecutor(
+    processes,
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_start_worker,
+  )
+  pending: collections.deque[futures.Future[_Done]] = collections.deque()
+  try:
+    for task in tasks:
+      pending.append(pool.submit(_do, task))
+      if len(pending) > processes:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+  except futures.process.BrokenProcessPool as error:
+    raise InputError(
+      "a process died, perhaps for want of memory; with fewer of them"
+      " (data.processes) it goes on where it was"
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+  """Makes a worker end when its parent does, even by SIGKILL.
+
+  It would wait for ever: workers hold the writing end of their own queue.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def watch() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+@functools.cache
+def _tokenizer_at(folder: str, fingerprint: str) -> Tokenizer:
+  """Loads a tokenizer once; another one in the same folder is another."""
+  from flaxmlm import tokenizers
+
+  return tokenizers.load(folder)
+
+
+def _do(task: _Task) -> _Done:
+  """Makes a shard unless it is there already, made of the same text."""
+  from flaxmlm.data import store
+
+  tokenizer = _tokenizer_at(task.folder, task.fingerprint)
+  digest = hashlib.sha256()
+  digest.update(json.dumps([task.fingerprint, task.cleaning]).encode())
+  size = 0
+  documents = list(zip(task.texts, task.sources, strict=True))
+  for text, source in documents:
+    data = text.encode("utf-8", "surrogatepass")
+    digest.update(f"{source} {len(data)} ".encode())
+    digest.update(data)
+    size += len(data)
+  key = digest.hexdigest()
+  tokens = store.shard_tokens(task.path, key)
+  if tokens is None:
+    shard = tokenize_shard(documents, tokenizer, task.cleaning)
+    store.save_shard(task.path, shard, key)
+    tokens = len(shard.ids)
+  return _Done(task.path, len(documents), tokens, size)
+
+
+def _bad_lines(bad: BadRecords) -> Iterator[str]:
+  if bad.count:
+    yield f"{bad.count:,} bad records skipped; the first of them:"
+    yield from (f"  {message}" for message in bad.messages)
+  if bad.ignored_files:
+    yield (
+      f"{len(bad.ignored_files):,} files of unknown kind left out, such as"
+      f" {bad.ignored_files[0]}"
+    )
+
+
+def _check_not_empty(manifest: Mapping[str, Any], config: ConfigDict) -> None:
+  documents, splits = manifest["documents"], manifest["splits"]
+  if documents["read"] == 0:
+    raise InputError(f"data.source={config.data.source}: no document in it")
+  dropped = ", ".join(
+    f"{count} {reason.replace('_', ' ')}"
+    for reason, count in documents["dropped"].items()
+    if count
+  )
+  if not splits["train"]["documents"]:
+    raise InputError(
+      f"no training document is left of {documents['read']}"
+      f" ({dropped or 'none'} dropped,"
+      f" {splits['validation']['documents']} for validation); see"
+      " data.cleaning.min_chars, data.validation_fraction,"
+      " data.validation_source"
+    )
+  if splits["validation"]["documents"]:
+    return
+  if config.data.validation_source is not None:
+    raise InputError(
+      f"data.validation_source={config.data.validation_source}: no document"
+      f" is left ({dropped or 'none'} dropped)"
+    )
+  if config.data.validation_fraction > 0:
+    raise InputError(
+      f"none of {documents['kept']} documents fell into validation with"
+      f" data.validation_fraction={config.data.validation_fraction:g}; raise"
+      " it, make documents smaller (data.document=paragraph for .txt), name a"
+      " data.validation_source, or set it to 0 to do without"
+    )
+
+
+@contextlib.contextmanager
+def _progress(enabled: bool, total: int | None) -> Iterator[Update]:
+  """Shows a bar on a terminal, elsewhere a line each ten seconds."""
+  start = last = time.perf_counter()
+
+  def status(size: int, documents: int, tokens: int) -> str:
+    seconds = time.perf_counter() - start
+    return (
+      f"{documents:,} documents, {tokens:,} tokens,"
+      f" {tokens / seconds:,.0f} tokens/s, {size / 1e6 / seconds:.1f} MB/s"
+    )
+
+  if not enabled:
+    yield lambda size, documents, tokens: None
+  elif sys.stdout.isatty():
+    from rich import progress
+
+    columns = (
+      progress.TextColumn("tokenizing"),
+      progress.BarColumn(),
+      progress.TimeRemainingColumn(),
+      progress.TextColumn("{task.fields[status]}"),
+    )
+    with progress.Progress(*columns) as bar:
+      task = bar.add_task("", total=total, status="")
+      yield lambda size, documents, tokens: bar.update(
+        task, completed=size, status=status(size, documents, tokens)
+      )
+  else:
+
+    def update(size: int, documents: int, tokens: int) -> None:
+      nonlocal last
+      if time.perf_counter() - last >= 10:
+        last = time.perf_counter()
+        share = f"{size / total:.0%}, " if total else ""
+        print(
+          f"tokenizing: {share}{status(size, documents, tokens)}", flush=True
+        )
+
+    yield update
+
+
+if __name__ == "__main__":
+  config_lib.run(main)

@@ -1,0 +1,167 @@
+"""Shows what the model is shown: rows with what is hidden in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flaxmlm.training.report import join
+
+if TYPE_CHECKING:
+  from rich.console import Console
+  from rich.text import Text
+
+  from flaxmlm.objectives import Batch, Example
+
+_WORD_START = 1  # in `flags`
+# What becomes of a hidden token: its colours, its sign, the sign's meaning.
+_KINDS = {
+  "masked": ("black on yellow", "{shown}‹{original}›", "masked"),
+  "replaced": (
+    "black on bright_red",
+    "‹{original}→{shown}›",
+    "replaced by a random token",
+  ),
+  "kept": ("black on bright_cyan", "‹{original}=›", "asked for, but kept"),
+}
+
+
+def objects(
+  batch: Batch, example: Example, *, step: int
+) -> Iterator[dict[str, Any]]:
+  """Yields one JSON object a row: a batch and what the objective made of it.
+
+  Args:
+    batch: The rows as the host read them.
+    example: The same rows as the model is shown them, on the host.
+    step: The batch's step.
+
+  Yields:
+    `step`; `row`, the index in the batch; `example`, the row's number in the
+    run; lists of L: `original_ids`, `input_ids`, `segments`, `positions`,
+    `flags`; lists of M: `slots`, `targets`, `weights`, where weight 0 says that
+    a slot is not used.
+  """
+  arrays = {
+    "original_ids": batch.ids,
+    "input_ids": example.inputs.ids,
+    "slots": example.slots,
+    "targets": example.targets,
+    "weights": example.weights,
+    "segments": batch.segments,
+    "positions": batch.positions,
+    "flags": batch.flags,
+  }
+  for row, number in enumerate(batch.example.tolist()):
+    lists = {name: array[row].tolist() for name, array in arrays.items()}
+    yield {"step": step, "row": row, "example": number, **lists}
+
+
+def hidden(row: Mapping[str, Any], *, mask: int) -> dict[int, str]:
+  """Returns what became of each token that is asked for, by its place.
+
+  A random token that happens to be the original one counts as kept.
+
+  >>> row = {"slots": [1, 2, 4, 0], "weights": [1.0, 1.0, 1.0, 0.0]}
+  >>> row |= {"original_ids": [7, 8, 9, 7, 6], "input_ids": [7, 0, 9, 7, 5]}
+  >>> hidden(row, mask=0)
+  {1: 'masked', 2: 'kept', 4: 'replaced'}
+  """
+  kinds = {}
+  for slot, weight in zip(row["slots"], row["weights"], strict=True):
+    if weight > 0:
+      shown, original = row["input_ids"][slot], row["original_ids"][slot]
+      if shown == mask:
+        kinds[slot] = "masked"
+      else:
+        kinds[slot] = "kept" if shown == original else "replaced"
+  return kinds
+
+
+def show(
+  row: Mapping[str, Any],
+  tokens: Callable[[list[int]], list[str]],
+  specials: Mapping[str, int],
+  console: Console,
+) -> None:
+  """Prints a row: a paragraph a document, hidden tokens marked, the counts.
+
+  Spaces stand where the flags say that a word starts; marked tokens are written
+  as in the vocabulary.
+
+  Args:
+    row: One of `objects`.
+    tokens: Ids → token strings, as `Tokenizer.tokens`.
+    specials: Ids of the special tokens, among them `pad` and `mask`.
+    console: Where to print.
+  """
+  from rich.table import Table
+  from rich.text import Text
+
+  kinds = hidden(row, mask=specials["mask"])
+  originals, shown = tokens(row["original_ids"]), tokens(row["input_ids"])
+  texts = [text for _, text in join(originals)]
+  documents: dict[int, Text] = {}
+  for place, segment in enumerate(row["segments"]):
+    if segment == 0:
+      continue
+    text = documents.setdefault(segment, Text())
+    if text and row["flags"][place] & _WORD_START:
+      text.append(" ")
+    if place in kinds:
+      text.append(_mark(kinds[place], originals[place], shown[place]))
+    else:
+      special = row["original_ids"][place] in specials.values()
+      text.append(_printable(texts[place]), style="dim" if special else "")
+  padding = row["segments"].count(0)
+  if padding:
+    pad = tokens([specials["pad"]])[0]
+    documents[0] = Text(f"+{padding} {pad}", style="dim")
+
+  counts = Counter(kinds.values())
+  maskable = sum(
+    segment > 0 and token not in specials.values()
+    for segment, token in zip(row["segments"], row["original_ids"], strict=True)
+  )
+  share = f" = {len(kinds) / maskable:.1%}" if maskable else ""
+  console.print(
+    f"step {row['step']}, row {row['row']}, example {row['example']}:"
+    f" hidden {len(kinds)} of {maskable}{share};"
+    f" {', '.join(f'{counts[kind]} {kind}' for kind in _KINDS)}",
+    style="bold",
+    highlight=False,
+    markup=False,
+  )
+  table = Table.grid(padding=(0, 1))
+  table.add_column(justify="right")
+  for segment, text in documents.items():
+    table.add_row(Text(f"{segment} │" if segment else "│", style="dim"), text)
+  console.print(table)
+
+
+def legend(mask: str = "[MASK]") -> Text:
+  """Returns the line that explains the marks of `show`; `mask` is a token."""
+  from rich.text import Text
+
+  return Text("   ").join(
+    Text.assemble(
+      _mark(kind, "cat", mask if kind == "masked" else "dog"), " ", meaning
+    )
+    for kind, (_, _, meaning) in _KINDS.items()
+  )
+
+
+def _mark(kind: str, original: str, shown: str) -> Text:
+  from rich.text import Text
+
+  style, form, _ = _KINDS[kind]
+  text = form.format(original=_printable(original), shown=_printable(shown))
+  return Text(text, style=style)
+
+
+def _printable(text: str) -> str:
+  """Returns a text that can do nothing to a terminal."""
+  return "".join(
+    c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
+  )

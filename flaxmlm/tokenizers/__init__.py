@@ -1,0 +1,221 @@
+"""Text to token ids and back, and training what does it.
+
+`load` reads SentencePiece models, vocab.txt (WordPiece), tokenizer.json and
+byte-level BPE; `train` makes SentencePiece models and WordPiece. Both return a
+`Tokenizer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+
+from flaxmlm import InputError
+from flaxmlm.tokenizers.flags import SENTENCE_START, WORD_START
+from flaxmlm.tokenizers.vocab import (
+  Encoded,
+  Settings,
+  Tokenizer,
+  Vocab,
+  read_file,
+  read_settings,
+)
+
+__all__ = [
+  "SENTENCE_START",
+  "WORD_START",
+  "Encoded",
+  "Tokenizer",
+  "Vocab",
+  "load",
+  "train",
+]
+
+WORDS = ("whitespace", "jieba")
+_FORMS = "*.model, *vocab.txt, tokenizer.json, or vocab.json with merges.txt"
+
+
+def load(
+  path: str, *, lowercase: bool | None = None, words: str | None = None
+) -> Tokenizer:
+  """Loads a tokenizer.
+
+  Special tokens are found by their names ("[MASK]", "<mask>", …). Those that
+  the file lacks get ids after its own, so that the vocabulary grows;
+  `Tokenizer.added` names them.
+
+  Args:
+    path: A SentencePiece `.model`; a `vocab.txt` (any name that ends so) of
+      WordPieces, or of byte-level BPE if `merges.txt` is beside it under the
+      same prefix; `tokenizer.json`; `vocab.json` with `merges.txt`; or a
+      folder with one of these. A folder written by `Tokenizer.save` comes back
+      as it was.
+    lowercase: True: lower-case all text. None: as saved; for a vocab.txt, as
+      the `do_lower_case` of a tokenizer_config.json beside it says, else if
+      it has no capital letter; other files do it themselves where they
+      should, and False doesn't keep them from it.
+    words: What starts a word in the flags, "whitespace" (the tokenizer's own
+      marks) or "jieba". None: as saved, else "whitespace".
+
+  Raises:
+    InputError: There is no tokenizer there, or it can't be read.
+  """
+  saved = None
+  where = path
+  if os.path.isdir(path):
+    saved = read_settings(path)
+    where = saved[0] if saved else _find_in_folder(path)
+  settings = saved[1] if saved else Settings()
+  if words is not None:
+    settings = settings._replace(words=words)
+  if settings.words not in WORDS:
+    raise InputError(
+      f"tokenizer.words={settings.words!r}: wants one of {', '.join(WORDS)}"
+    )
+  name = os.path.basename(where)
+  data = read_file(where)
+  if name.endswith("vocab.txt"):
+    return _load_vocab_txt(where, data, lowercase, settings)
+  if lowercase is not None:
+    settings = settings._replace(lowercase=lowercase)
+  if name.endswith(".model"):
+    from flaxmlm.tokenizers import sentence_piece
+
+    return sentence_piece.build(data, settings, where)
+  from flaxmlm.tokenizers import hugging_face
+
+  if name.endswith("vocab.json"):
+    ids = hugging_face.read_vocab_json(data, where)
+    merges = _get_merges_path(where)
+    return hugging_face.from_byte_bpe(
+      ids,
+      read_file(merges),
+      settings=settings,
+      where=where,
+      merges_where=merges,
+    )
+  if name.endswith(".json"):
+    return hugging_face.from_json(data, settings, where)
+  raise InputError(f"tokenizer.path={path}: wants {_FORMS}, or a folder of it")
+
+
+def _find_in_folder(folder: str) -> str:
+  """Returns the file of a folder to load.
+
+  tokenizer.json first: where a published folder has it and a SentencePiece
+  model, the ids of the two may differ, and its are those of the weights.
+  """
+  names = sorted(os.listdir(folder))
+  for end in ("tokenizer.json", ".model", "vocab.json", "vocab.txt"):
+    found = [name for name in names if name.endswith(end)]
+    if len(found) > 1:
+      raise InputError(
+        f"tokenizer.path={folder}: has {' and '.join(found)}; name one of them"
+      )
+    if found:
+      return os.path.join(folder, found[0])
+  raise InputError(f"tokenizer.path={folder}: no tokenizer; wants {_FORMS}")
+
+
+def _get_merges_path(path: str) -> str:
+  folder, name = os.path.split(path)
+  stem = name.rpartition("vocab.")[0]
+  return os.path.join(folder, f"{stem}merges.txt")
+
+
+def _load_vocab_txt(
+  path: str, data: bytes, lowercase: bool | None, settings: Settings
+) -> Tokenizer:
+  from flaxmlm.tokenizers import hugging_face
+
+  ids = hugging_face.read_vocab_txt(data, path)
+  merges = _get_merges_path(path)
+  if os.path.exists(merges):
+    settings = settings._replace(lowercase=bool(lowercase))
+    return hugging_face.from_byte_bpe(
+      ids,
+      read_file(merges),
+      settings=settings,
+      where=path,
+      merges_where=merges,
+    )
+  if lowercase is None:
+    lowercase = _read_do_lower_case(os.path.dirname(path))
+  if lowercase is None:
+    lowercase = hugging_face.looks_lowercase(ids)
+  return hugging_face.from_wordpiece(
+    ids, lowercase=lowercase, settings=settings, where=path
+  )
+
+
+def _read_do_lower_case(folder: str) -> bool | None:
+  path = os.path.join(folder, "tokenizer_config.json")
+  if not os.path.exists(path):
+    return None
+  try:
+    value = json.loads(read_file(path)).get("do_lower_case")
+  except (ValueError, AttributeError) as error:
+    raise InputError(f"{path}: not a JSON object: {error}") from error
+  return None if value is None else bool(value)
+
+
+def train(
+  texts: Iterable[str],
+  *,
+  kind: str,
+  vocab_size: int,
+  lowercase: bool = False,
+  words: str = "whitespace",
+  sample_chars: int = 10_000_000,
+  seed: int = 0,
+) -> Tokenizer:
+  """Trains a tokenizer on a bounded sample of texts.
+
+  The same texts, in the same order, give the same model file, bit for bit.
+
+  Args:
+    texts: Documents; read once, as a stream.
+    kind: "unigram" or "bpe" (SentencePiece), or "wordpiece".
+    vocab_size: Tokens, special ones included.
+    lowercase: The tokenizer lower-cases all text (WordPiece: and strips
+      accents, as BERT does).
+    words: See `load`.
+    sample_chars: Characters to train on, at most, drawn evenly.
+    seed: Of that draw.
+
+  Raises:
+    InputError: A choice is unknown, there is no text, or the vocabulary is
+      too large or too small for it.
+  """
+  from flaxmlm.tokenizers import sampling
+
+  if kind not in ("unigram", "bpe", "wordpiece"):
+    raise InputError(
+      f"tokenizer.kind={kind!r}: wants one of unigram, bpe, wordpiece"
+    )
+  if words not in WORDS:
+    raise InputError(
+      f"tokenizer.words={words!r}: wants one of {', '.join(WORDS)}"
+    )
+  chunks = sampling.sample(texts, chars=sample_chars, seed=seed)
+  lines = [line for chunk in chunks for line in sampling.cut_lines(chunk)]
+  if not lines:
+    raise InputError("data.source: no text to train a tokenizer on")
+  settings = Settings(words=words)
+  from flaxmlm.tokenizers import sentence_piece
+
+  if kind == "wordpiece":
+    from flaxmlm.tokenizers import hugging_face
+
+    return hugging_face.train_wordpiece(
+      lines,
+      vocab_size=vocab_size,
+      lowercase=lowercase,
+      coverage=sentence_piece.CHARACTER_COVERAGE,
+      settings=settings,
+    )
+  model = sentence_piece.train(
+    lines, kind=kind, vocab_size=vocab_size, lowercase=lowercase
+  )
+  return sentence_piece.build(model, settings, "the trained model")

@@ -1,0 +1,270 @@
+"""The one loop: step, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Key
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
+
+from flaxmlm.models.model import Params
+from flaxmlm.objectives.objective import Batch
+from flaxmlm.training import metrics
+from flaxmlm.training.step import EvalStep, State, TrainStep
+
+
+class Schedule(NamedTuple):
+  """When the loop does what, in steps; 0 means at the end only."""
+
+  steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+
+
+class Cost(NamedTuple):
+  """What a step is worth, for throughput and MFU."""
+
+  tokens: int  # of the global batch, padding included
+  flops: float
+  peak: metrics.Peak | None
+
+
+def run(
+  state: State,
+  key: Key[Array, ""],
+  *,
+  train_step: TrainStep,
+  batch_at: Callable[[int], Batch],
+  evaluate: Callable[[Params], dict[str, float]],
+  save: Callable[[State], None],
+  write: Callable[[int, dict[str, float]], None],
+  schedule: Schedule,
+  cost: Cost,
+) -> State:
+  """Trains until the last step, or until a signal asks to stop.
+
+  At most two steps are in flight: while the device computes one, the host has
+  read and sent the next. Metrics are those of steps that have ended already.
+
+  Args:
+    state: Where to begin; donated.
+    key: Key of the run.
+    train_step: Of `step.make_train_step`.
+    batch_at: Returns a step's batch, on the devices.
+    evaluate: Returns metrics of the validation split.
+    save: Saves a state in the background.
+    write: Writes metrics of a step.
+    schedule: When to log, evaluate, save and stop.
+    cost: For throughput.
+
+  Returns:
+    The last state; its step is less than `schedule.steps` if SIGINT or SIGTERM
+    came. It has been given to `save`.
+  """
+  first = last_saved = int(state.step)
+  window: list[Any] = []
+  mark, host = time.perf_counter(), 0.0
+
+  def due(step: int, every: int) -> bool:
+    return step == schedule.steps or (every > 0 and step % every == 0)
+
+  def report(step: int) -> dict[str, float]:
+    """Writes the mean of all steps since the last report but the newest."""
+    nonlocal mark, host
+    ended, window[:] = window[:-1], window[-1:]
+    if step == schedule.steps:
+      ended, window[:] = ended + window, []
+    if not ended:
+      return {}
+    sums = metrics.add_up(ended)
+    now = time.perf_counter()
+    seconds = (now - mark) / len(ended)
+    values = {f"train/{k}": v for k, v in metrics.means(sums).items()}
+    for name in ("grad_norm", "learning_rate"):
+      values[f"train/{name}"] = sums[name] / len(ended)
+    values["train/tokens"] = float(step * cost.tokens)
+    values["train/tokens_per_second"] = cost.tokens / seconds
+    values["train/host_share"] = host / (now - mark)
+    if cost.peak is not None:
+      values["train/mfu"] = cost.flops / seconds / cost.peak.flops
+    write(step, values)
+    mark, host = now, 0.0
+    return values
+
+  if first == 0:  # what knowing nothing is worth
+    write(0, evaluate(state.params))
+  with _signals() as stop, _progress(first, schedule.steps) as show:
+    for step in range(first + 1, schedule.steps + 1):
+      begin = time.perf_counter()
+      batch = batch_at(step - 1)
+      host += time.perf_counter() - begin
+      state, sums = train_step(state, batch, key)
+      window.append(sums)
+      if len(window) > 2:
+        jax.block_until_ready(window[-3])
+      if step == first + 1:
+        jax.block_until_ready(sums)  # compilation is no part of the speed
+        mark, host = time.perf_counter(), 0.0
+      if step - first == 11:
+        rate = (time.perf_counter() - mark) / 10
+        show.say(
+          f"{rate:.3g} s a step: {clock(rate * (schedule.steps - step))} to go"
+        )
+      values: dict[str, float] = {}
+      logging = due(step, schedule.log_every)
+      if logging:
+        newest = step == schedule.steps
+        jax.block_until_ready(window if newest else window[:-1])
+      begin = time.perf_counter()
+      if logging:
+        values = report(step)
+      show.step(step, values)
+      host += time.perf_counter() - begin
+      if due(step, schedule.eval_every):
+        pause = time.perf_counter()
+        values = evaluate(state.params)
+        write(step, values)
+        show.step(step, values)
+        mark += time.perf_counter() - pause
+      if due(step, schedule.save_every) or stop:
+        pause = time.perf_counter()
+        save(state)
+        last_saved = step
+        mark += time.perf_counter() - pause
+      if stop:
+        break
+  if last_saved < int(state.step):
+    save(state)
+  return state
+
+
+def evaluate(
+  eval_step: EvalStep, params: Params, batches: Iterable[Batch]
+) -> dict[str, float]:
+  """Returns `eval/…` metrics over batches, each row once.
+
+  `eval/unigram_entropy` is the cross-entropy of the same targets under the
+  token frequencies of the training data: what is reached by knowing those
+  alone.
+  """
+  sums = metrics.add_up([eval_step(params, batch) for batch in batches])
+  values = metrics.means(sums)
+  return {
+    "eval/loss": values["loss"],
+    "eval/perplexity": perplexity(values["loss"]),
+    "eval/accuracy": values["accuracy"],
+    "eval/unigram_entropy": sums["unigram_nll"] / max(sums["weight"], 1.0),
+    "eval/targets": sums["weight"],
+  }
+
+
+def perplexity(loss: float) -> float:
+  """Returns e^loss, at most 1e30 so that it stays a number in JSON."""
+  return math.exp(min(loss, 69.0))
+
+
+def clock(seconds: float) -> str:
+  """Returns a duration for people.
+
+  >>> clock(59), clock(61), clock(3661), clock(90061)
+  ('59 s', '1 min 1 s', '1 h 1 min', '25 h 1 min')
+  """
+  seconds = max(int(seconds), 0)
+  if seconds < 60:
+    return f"{seconds} s"
+  if seconds < 3600:
+    return f"{seconds // 60} min {seconds % 60} s"
+  return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+  """Gives a list that SIGINT and SIGTERM add to; a second SIGINT exits."""
+  stop: list[int] = []
+
+  def handle(number: int, frame: Any) -> None:
+    if stop:
+      sys.exit(130)
+    stop.append(number)
+    print("stopping after this step; once more to stop at once", flush=True)
+
+  old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield stop
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+class _Show(NamedTuple):
+  step: Callable[[int, dict[str, float]], None]
+  say: Callable[[str], None]
+
+
+@contextmanager
+def _progress(first: int, steps: int) -> Iterator[_Show]:
+  """Shows a bar on a terminal, and plain lines elsewhere."""
+  if jax.process_index() != 0:
+    yield _Show(lambda step, values: None, lambda text: None)
+    return
+  console = Console()
+  if not console.is_terminal:
+
+    def line(step: int, values: dict[str, float]) -> None:
+      if values:
+        print(f"step {step:,}/{steps:,}  {_brief(values)}", flush=True)
+
+    yield _Show(line, lambda text: print(text, flush=True))
+    return
+  with Progress(
+    TextColumn("step"),
+    MofNCompleteColumn(),
+    BarColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[values]}"),
+    console=console,
+    refresh_per_second=4,
+  ) as bar:
+    task = bar.add_task("train", total=steps, completed=first, values="")
+
+    def advance(step: int, values: dict[str, float]) -> None:
+      bar.update(task, completed=step)
+      if "eval/loss" in values:
+        bar.console.print(f"step {step:,}  {_brief(values)}")
+      elif values:
+        bar.update(task, values=_brief(values))
+
+    yield _Show(advance, bar.console.print)
+
+
+def _brief(values: dict[str, float]) -> str:
+  """Returns the metrics that one watches, in a line."""
+  forms = {
+    "train/loss": "loss {:.3f}",
+    "train/accuracy": "accuracy {:.1%}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+    "train/mfu": "MFU {:.1%}",
+    "eval/loss": "validation loss {:.3f}",
+    "eval/accuracy": "accuracy {:.1%}",
+    "eval/unigram_entropy": "(unigram entropy {:.3f})",
+  }
+  shown = [form.format(values[k]) for k, form in forms.items() if k in values]
+  return "  ".join(shown)

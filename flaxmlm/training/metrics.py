@@ -1,0 +1,155 @@
+"""Metrics: their names, their sums, where they are written, FLOP peaks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Dense matrix FLOP/s of one device in bfloat16, from the makers' data sheets:
+# cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); NVIDIA's for A100, H100, H200,
+# L4 and V100 (float16), without sparsity. Looked up in `device_kind`, in order.
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+  ("TPU v6", 918e12),
+  ("TPU v5p", 459e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v5e", 197e12),
+  ("TPU v5", 459e12),
+  ("TPU v4", 275e12),
+  ("H200", 989e12),
+  ("H100 PCIe", 756e12),
+  ("H100", 989e12),
+  ("A100", 312e12),
+  ("L4", 121e12),
+  ("V100", 125e12),
+)
+
+
+class Peak(NamedTuple):
+  """FLOP/s that all devices reach together at most, and how it is known."""
+
+  flops: float
+  source: str
+
+
+def peak_flops(dtype: str) -> Peak | None:
+  """Returns the peak of the devices in use; None if they are unknown.
+
+  On a CPU it is measured, with a float32 product of 1024 x 1024 matrices, best
+  of several: what XLA reaches here, shared by all (emulated) devices.
+
+  Args:
+    dtype: Compute dtype. In float32, GPUs and TPUs still have the peak of
+      bfloat16, so that figures of both can be compared.
+  """
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return Peak(_measured_peak(), "measured float32 product, 1024 x 1024")
+  for name, flops in PEAK_FLOPS:
+    if name.lower() in device.device_kind.lower():
+      source = f"bfloat16 peak of {device.device_kind}"
+      return Peak(flops * jax.device_count(), source)
+  return None
+
+
+def _measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
+  product = jax.jit(jnp.matmul)
+  a = jnp.ones((size, size), jnp.float32)
+  product(a, a).block_until_ready()
+  best, end = math.inf, time.perf_counter() + seconds
+  while time.perf_counter() < end:
+    start = time.perf_counter()
+    product(a, a).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best
+
+
+def log_unigram(counts: np.ndarray, specials: Sequence[int]) -> np.ndarray:
+  """Returns log-probabilities float32 [V] of tokens from their counts.
+
+  Each count is raised by one (Laplace), so that a token never seen in training
+  has a finite one. Special tokens, which are never asked for, are not counted.
+  """
+  raised = np.asarray(counts, np.float64) + 1
+  raised[list(specials)] = 1
+  return np.log(raised / raised.sum()).astype(np.float32)
+
+
+def add_up(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Adds up the sums of several steps or batches, in float64 on the host."""
+  host = jax.device_get(list(sums))
+  return {
+    name: float(np.sum([s[name] for s in host], dtype=np.float64))
+    for name in host[0]
+  }
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+  """Returns loss and accuracy of added-up sums.
+
+  >>> means({"nll": 6.0, "weight": 4.0, "correct": 1.0})
+  {'loss': 1.5, 'accuracy': 0.25}
+  """
+  weight = max(sums["weight"], 1.0)
+  return {
+    "loss": sums["nll"] / weight,
+    "accuracy": sums["correct"] / weight,
+  }
+
+
+class Writer(NamedTuple):
+  """Where metrics go; `write(step, {name: value})` on one host only."""
+
+  path: str
+  file: Any
+  board: Any
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds one line to metrics.jsonl and the same to TensorBoard."""
+    line = {"step": step, **{k: float(v) for k, v in values.items()}}
+    self.file.write(json.dumps(line) + "\n")
+    self.file.flush()
+    for name, value in values.items():
+      self.board.add_scalar(name, value, step)
+
+
+@contextmanager
+def open_writer(workdir: str, *, step: int) -> Iterator[Writer]:
+  """Opens WORKDIR/metrics.jsonl and WORKDIR/tensorboard for a run.
+
+  Lines later than `step`, of a run that was killed after its last checkpoint,
+  are taken out: the steps are about to be run again.
+  """
+  from tensorboardX import SummaryWriter
+
+  path = os.path.join(workdir, "metrics.jsonl")
+  kept = [line for line in read(path) if line["step"] <= step]
+  with open(path + ".tmp", "w", encoding="utf-8") as file:
+    file.writelines(json.dumps(line) + "\n" for line in kept)
+  os.replace(path + ".tmp", path)
+  board = SummaryWriter(
+    os.path.join(workdir, "tensorboard"), purge_step=step + 1, flush_secs=30
+  )
+  with open(path, "a", encoding="utf-8") as file:
+    yield Writer(path, file, board)
+  board.close()
+
+
+def read(path: str) -> list[dict[str, float]]:
+  """Reads metrics.jsonl; a last line cut off by a kill is left out."""
+  if not os.path.exists(path):
+    return []
+  lines = []
+  with open(path, encoding="utf-8") as file:
+    for text in file:
+      if text.endswith("\n"):
+        lines.append(json.loads(text))
+  return lines

@@ -1,0 +1,103 @@
+"""Where each array lives: the mesh, the batch, the parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxmlm import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+# The first pattern found in an array's path decides. It holds for parameters
+# and for the optimizer's state, whose paths end in the parameter's.
+RULES: tuple[tuple[str, P], ...] = (
+  (r"word/embedding$", P("tensor", "fsdp")),
+  (r"(position|token_type)/embedding$", P(None, "fsdp")),
+  (r"(query|key|value|intermediate)/kernel$", P("fsdp", "tensor")),
+  (r"(query|key|value|intermediate)/bias$", P("tensor")),
+  (r"(attention_output|output)/kernel$", P("tensor", "fsdp")),
+  (r"mlm/transform/kernel$", P(None, "fsdp")),
+  (r"mlm/bias$", P("tensor")),
+)
+
+
+def make_mesh(
+  *,
+  data: int,
+  fsdp: int,
+  tensor: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Returns a mesh; one axis may be -1, the rest.
+
+  Args:
+    data: Devices along the data axis.
+    fsdp: Devices that share one copy of the parameters.
+    tensor: Devices that share heads, feed-forward and vocabulary.
+    devices: The devices; None: all.
+
+  Raises:
+    InputError: The axes don't multiply to the number of devices.
+  """
+  sizes = [data, fsdp, tensor]
+  count = len(devices or jax.devices())
+  known = int(np.prod([size for size in sizes if size != -1]))
+  sizes = [count // known if size == -1 else size for size in sizes]
+  if int(np.prod(sizes)) != count:
+    shown = " ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    raise InputError(f"{shown} doesn't fit {count} devices")
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays whose first axis is the batch."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def tree_sharding(mesh: Mesh, shapes: Any) -> Any:
+  """Returns the sharding of a tree of parameters or optimizer state.
+
+  Args:
+    mesh: A mesh of `make_mesh`.
+    shapes: A tree of arrays or `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    ValueError: A matrix that no rule speaks of.
+    InputError: A matrix whose axis doesn't divide by the mesh.
+  """
+
+  def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = next((s for rule, s in RULES if re.search(rule, name)), None)
+    if spec is None:
+      if leaf.ndim > 1:
+        raise ValueError(f"training/sharding.py: no rule for matrix {name}")
+      spec = P()
+    for size, axis in zip(leaf.shape, spec, strict=False):
+      if axis is not None and size % mesh.shape[axis]:
+        raise InputError(
+          f"mesh.{axis}={mesh.shape[axis]} doesn't divide {size}, an axis of"
+          f" {name}"
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def put_rows(mesh: Mesh, rows: Any) -> Any:
+  """Puts this host's rows of a batch on its devices; the tree stays as it is.
+
+  The global batch is the hosts' rows one after the other.
+  """
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), rows
+  )

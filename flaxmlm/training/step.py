@@ -1,0 +1,193 @@
+"""One optimizer step and one evaluation step, as pure jitted functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key
+
+from flaxmlm.models.model import Model, Params
+from flaxmlm.objectives.objective import Batch, Example, Objective, Sums
+from flaxmlm.training import sharding
+
+
+class State(NamedTuple):
+  """All that changes from step to step; all that a checkpoint holds."""
+
+  step: Int[Array, ""]
+  params: Params
+  opt_state: Any
+
+
+TrainStep = Callable[[State, Batch, Key[Array, ""]], tuple[State, Sums]]
+EvalStep = Callable[[Params, Batch], Sums]
+
+
+def make_init(
+  model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[Key[Array, ""]], State], Any]:
+  """Returns a jitted `key -> State` at step 0, and the state's shardings."""
+
+  def init(key: Key[Array, ""]) -> State:
+    params = model.init(key)
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  places = sharding.tree_sharding(mesh, shapes)
+  return jax.jit(init, out_shardings=places), places
+
+
+def make_train_step(
+  model: Model,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  mesh: Mesh,
+  state_sharding: Any,
+  microbatches: int,
+) -> TrainStep:
+  """Returns the jitted train step; the state that it is given is donated.
+
+  The loss is Σ nll·w / Σ w over the whole global batch, on any mesh and with
+  any number of micro-batches: rows are corrupted first, so Σ w is known before
+  the first micro-batch runs. Row r is in micro-batch r mod n, so that each
+  device's rows stay where they are.
+
+  Returns:
+    `(state, batch, key) -> (state, sums)`; `key` is the run's, the same at
+    every step. Sums are the objective's, with `grad_norm` before clipping and
+    the step's `learning_rate`.
+  """
+  rows_sharding = sharding.batch_sharding(mesh)
+
+  def split(x: Array) -> Array:
+    x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  def train_step(
+    state: State, batch: Batch, key: Key[Array, ""]
+  ) -> tuple[State, Sums]:
+    corrupt_keys, dropout_keys = row_keys(key, state.step, batch.example)
+    example = objective.corrupt(corrupt_keys, batch)
+    total = jnp.maximum(jnp.sum(example.weights), 1.0)
+
+    def objective_loss(
+      params: Params, example: Example, keys: Key[Array, " B"]
+    ) -> tuple[Float[Array, ""], Sums]:
+      sums = objective.loss(model, params, example, keys)
+      return sums["nll"] / total, sums
+
+    grad = jax.grad(objective_loss, has_aux=True)
+    if microbatches == 1:
+      grads, sums = grad(state.params, example, dropout_keys)
+    else:
+      parts = jax.tree.map(split, (example, dropout_keys))
+      shapes = jax.eval_shape(
+        grad, state.params, *jax.tree.map(lambda x: x[0], parts)
+      )
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      (grads, sums), _ = jax.lax.scan(
+        lambda sofar, part: (
+          jax.tree.map(jnp.add, sofar, grad(state.params, *part)),
+          None,
+        ),
+        zeros,
+        parts,
+      )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    sums["grad_norm"] = optax.global_norm(grads)
+    sums["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    return State(state.step + 1, params, opt_state), sums
+
+  return jax.jit(
+    train_step,
+    in_shardings=(state_sharding, rows_sharding, None),
+    out_shardings=(state_sharding, NamedSharding(mesh, P())),
+    donate_argnums=0,
+  )
+
+
+def make_eval_step(
+  model: Model,
+  objective: Objective,
+  *,
+  mesh: Mesh,
+  params_sharding: Any,
+  log_unigram: Float[Array, " V"],
+) -> EvalStep:
+  """Returns the jitted `(params, batch) -> sums`, without dropout.
+
+  A row's masks depend on its number (`example`) alone: they are the same at
+  every evaluation of every run. Sums are the objective's, with `unigram_nll`:
+  Σ -log p(target)·w under the training counts.
+  """
+
+  def eval_step(params: Params, batch: Batch) -> Sums:
+    example = _fixed_example(objective, batch)
+    sums = objective.loss(model, params, example, None)
+    unigram = -jnp.asarray(log_unigram)[example.targets]
+    sums["unigram_nll"] = jnp.sum(unigram * example.weights)
+    return sums
+
+  return jax.jit(
+    eval_step,
+    in_shardings=(params_sharding, sharding.batch_sharding(mesh)),
+    out_shardings=NamedSharding(mesh, P()),
+  )
+
+
+def make_guess_step(
+  model: Model, objective: Objective, *, mesh: Mesh, params_sharding: Any
+) -> Callable[[Params, Batch], tuple[Example, Array, Array]]:
+  """Returns a jitted function that shows what the model fills in.
+
+  `(params, batch) -> (example, probabilities [B M 3], tokens [B M 3])`: the
+  three likeliest tokens at each slot, under the masks of `make_eval_step`.
+  """
+
+  def guess_step(
+    params: Params, batch: Batch
+  ) -> tuple[Example, Float[Array, "B M 3"], Int[Array, "B M 3"]]:
+    example = _fixed_example(objective, batch)
+    hidden = model.encode(params, example.inputs, None)
+    hidden = jnp.take_along_axis(hidden, example.slots[..., None], axis=1)
+    logits = model.predict(params, hidden).astype(jnp.float32)
+    return example, *jax.lax.top_k(jax.nn.softmax(logits), 3)
+
+  return jax.jit(
+    guess_step,
+    in_shardings=(params_sharding, sharding.batch_sharding(mesh)),
+    out_shardings=NamedSharding(mesh, P()),
+  )
+
+
+def _fixed_example(objective: Objective, batch: Batch) -> Example:
+  """Corrupts rows by their number alone, the same in every run."""
+  first = jnp.zeros((), jnp.int32)
+  corrupt_keys, _ = row_keys(jax.random.key(0), first, batch.example)
+  return objective.corrupt(corrupt_keys, batch)
+
+
+def row_keys(
+  key: Key[Array, ""], step: Int[Array, ""], example: Int[Array, " B"]
+) -> tuple[Key[Array, " B"], Key[Array, " B"]]:
+  """Returns each row's key for its corruption and for its dropout.
+
+  They depend on (key, step, example) alone, which is what makes a run the same
+  on any mesh, with any micro-batches, and after any restart.
+  """
+  step_key = jax.random.fold_in(key, step)
+
+  def split(number: Int[Array, ""]) -> Key[Array, " 2"]:
+    return jax.random.split(jax.random.fold_in(step_key, number))
+
+  keys = jax.vmap(split)(example)
+  return keys[:, 0], keys[:, 1]
