@@ -513,13 +513,22 @@ def parse(
 ) -> tuple[argparse.Namespace, ConfigDict]:
   """Returns a program's arguments and its config, checked and validated.
 
-  Prints the config and exits if `--print_config` is among the arguments.
+  Without --config, the config of the run in the workdir is taken. Prints the
+  config and exits if `--print_config` is among the arguments.
 
   Raises:
     InputError: See `load` and `validate`.
   """
   args, overrides = parser.parse_known_args(argv)
-  config = load(args.config, overrides)
+  path = args.config
+  if path is None and getattr(args, "workdir", None):
+    path = os.path.join(args.workdir, "config.json")
+    if not os.path.isfile(path):
+      raise InputError(
+        f"--config=FILE is missing, and {args.workdir} has no run to go on;"
+        " try --config=configs/quickstart.py"
+      )
+  config = load(path, overrides)
   if args.print_config:
     print(to_json(config), end="")
     sys.exit(0)

@@ -1,11 +1,21 @@
-"""Shows what the model is shown: rows with what is hidden in them."""
+"""Shows what the model is shown: rows with what is hidden in them.
+
+  python -m flaxmlm.preview --workdir=runs/quickstart --steps=0:3
+
+These are the very rows and masks of a run's steps, whether the run is there
+already or is still to come (then with --config, as for train).
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from flaxmlm import InputError, config
 from flaxmlm.training.report import join
 
 if TYPE_CHECKING:
@@ -25,6 +35,71 @@ _KINDS = {
   ),
   "kept": ("black on bright_cyan", "‹{original}=›", "asked for, but kept"),
 }
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Prints the rows of some steps, and writes them as JSON."""
+  parser = config.parser(__doc__)
+  parser.add_argument(
+    "--steps", default="0:1", metavar="A:B", help="steps A to B - 1 (0:1)"
+  )
+  parser.add_argument(
+    "--rows", type=int, default=4, metavar="N", help="rows a step to print (4)"
+  )
+  parser.add_argument(
+    "--json", metavar="FILE", help="write all rows here, one object a line"
+  )
+  args, c = config.parse(parser, argv)
+  match = re.fullmatch(r"(\d+):(\d+)", args.steps)
+  if match is None or int(match[1]) >= int(match[2]):
+    raise InputError(f"--steps={args.steps}: wants A:B with A < B, like 0:3")
+
+  from flaxmlm.train import open_data
+
+  store, plans, _ = open_data(c, args.workdir)
+
+  import jax
+  from rich.console import Console
+
+  from flaxmlm import objectives, tokenizers
+  from flaxmlm.data import batches
+  from flaxmlm.objectives import Batch
+  from flaxmlm.training.step import row_keys, run_keys
+
+  tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
+  specials = {n: store.vocab[n] for n in ("pad", "unk", "cls", "sep", "mask")}
+  objective = objectives.build(
+    c.objective,
+    row_length=c.data.row_length,
+    vocab_size=tokenizer.vocab.size,
+    specials=specials,
+  )
+  _, step_key = run_keys(c.seed)
+
+  @jax.jit
+  def corrupt(step: int, batch: Batch) -> Example:
+    keys, _ = row_keys(step_key, step, batch.example)
+    return objective.corrupt(keys, batch)
+
+  console = Console()
+  console.print(legend(tokenizer.tokens([specials["mask"]])[0]))
+  with open(args.json or os.devnull, "w", encoding="utf-8") as file:
+    for step in range(int(match[1]), int(match[2])):
+      batch = batches.at(
+        store,
+        plans,
+        seed=c.seed,
+        step=step,
+        batch_size=c.train.batch_size,
+        weights=c.data.weights,
+      )
+      example = jax.device_get(corrupt(step, Batch(*batch)))
+      for row in objects(batch, example, step=step):
+        if row["row"] < args.rows:
+          show(row, tokenizer.tokens, specials, console)
+        file.write(json.dumps(row) + "\n")
+  if args.json:
+    print(f"rows: {args.json}")
 
 
 def objects(
@@ -165,3 +240,7 @@ def _printable(text: str) -> str:
   return "".join(
     c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
   )
+
+
+if __name__ == "__main__":
+  config.run(main)

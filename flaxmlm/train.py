@@ -11,9 +11,15 @@ import json
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+  from flaxmlm.data.rows import RowPlan
+  from flaxmlm.data.store import TokenStore
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,24 +29,13 @@ def main(argv: list[str] | None = None) -> None:
   workdir = os.path.abspath(args.workdir)
   claim_workdir(workdir, c)
 
-  # Text to token store. No JAX yet: its threads and memory aren't needed.
-  from flaxmlm import prepare, tokenizers
-  from flaxmlm.data import batches, rows
-  from flaxmlm.data.store import open_store
+  # Text to token store, before JAX takes threads and memory.
+  store, plans, validation = open_data(c, workdir)
+  from flaxmlm import tokenizers
+  from flaxmlm.data import batches
 
-  if c.data.store is None:
-    store = prepare.prepare_store(c, os.path.join(workdir, "store"))
-  else:
-    store = open_store(c.data.store)
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
   tokenizer.save(os.path.join(workdir, "tokenizer"))
-  L = c.data.row_length
-  if c.data.weights:
-    sources = range(len(c.data.weights))
-    plans = [rows.load(store, "train", L, source=s) for s in sources]
-  else:
-    plans = [rows.load(store, "train", L)]
-  validation = rows.load(store, "validation", L)
   if validation.rows == 0:
     raise InputError(
       "no validation document; raise data.validation_fraction="
@@ -66,13 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     make_guess_step,
     make_init,
     make_train_step,
+    run_keys,
   )
 
   config.validate(c, devices=jax.device_count())
 
   # The parts.
-  V = tokenizer.vocab.size
-  B = c.train.batch_size
+  V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
   specials = {n: store.vocab[n] for n in ("pad", "unk", "cls", "sep", "mask")}
   mesh = sharding.make_mesh(**c.mesh)
   model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
@@ -137,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     return report.guesses(batch, *shown, tokens=tokenizer.tokens)
 
   # The state: the newest checkpoint's, or a new one.
-  init_key, step_key = jax.random.split(jax.random.key(c.seed))
+  init_key, step_key = run_keys(c.seed)
   shapes = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     jax.eval_shape(init, init_key),
@@ -225,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
   print(f"  python -m flaxmlm.fill_mask --workdir={args.workdir}")
 
 
-def claim_workdir(workdir: str, c: Any) -> None:
+def claim_workdir(workdir: str, c: ConfigDict) -> None:
   """Writes the config into a new workdir, or compares it with the one there.
 
   Raises:
@@ -247,6 +242,28 @@ def claim_workdir(workdir: str, c: Any) -> None:
   with open(path + ".tmp", "w", encoding="utf-8") as file:
     file.write(config.to_json(c))
   os.replace(path + ".tmp", path)
+
+
+def open_data(
+  c: ConfigDict, workdir: str
+) -> tuple[TokenStore, list[RowPlan], RowPlan]:
+  """Returns a run's store, its training plans and its validation plan.
+
+  The store is made when it is missing. There is one training plan, or one a
+  source if the sources have weights.
+  """
+  from flaxmlm import prepare
+  from flaxmlm.data import rows
+  from flaxmlm.data.store import open_store
+
+  if c.data.store is None:
+    store = prepare.prepare_store(c, os.path.join(workdir, "store"))
+  else:
+    store = open_store(c.data.store)
+  L = c.data.row_length
+  sources = range(len(c.data.weights)) if c.data.weights else [None]
+  plans = [rows.load(store, "train", L, source=s) for s in sources]
+  return store, plans, rows.load(store, "validation", L)
 
 
 if __name__ == "__main__":

@@ -512,7 +512,7 @@ def test_a_python_without_its_texts_says_so(tmp_path, monkeypatch):
   # The library's source alone is enough.
   assert next(read(["embedded"])).where.startswith("embedded:")
   monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-  with pytest.raises(InputError, match="data.source=embedded: this Python"):
+  with pytest.raises(InputError, match="source embedded: this Python"):
     texts("embedded")
 
 

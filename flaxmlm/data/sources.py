@@ -184,16 +184,16 @@ def _find(spec: str) -> tuple[list[str], list[str]]:
     return [], []
   if os.path.isfile(spec):
     if not _ending(spec)[0]:
-      raise InputError(f"{spec}: unknown ending; {_KNOWN}")
+      raise InputError(f"source {spec}: unknown ending; {_KNOWN}")
     return [spec], []
   roots = [spec] if os.path.isdir(spec) else glob.glob(spec, recursive=True)
   if not roots:
-    raise InputError(f"data.source={spec}: no such file or folder")
+    raise InputError(f"source {spec}: no such file or folder")
   paths = {path for root in roots for path in _walk(root)}
   ordered = sorted(paths, key=lambda path: (_natural(path), path))
   known = [path for path in ordered if _ending(path)[0]]
   if not known:
-    raise InputError(f"data.source={spec}: no text files there; {_KNOWN}")
+    raise InputError(f"source {spec}: no text files there; {_KNOWN}")
   return known, [path for path in ordered if not _ending(path)[0]]
 
 
@@ -358,8 +358,12 @@ def _damage(
     return InputError(f"{path}: {error.strerror}; make it readable")
   if isinstance(error, UnicodeError):
     return _Damage(where, f"not {encoding} ({error})", "set data.encoding")
-  what = f"truncated or damaged ({error})"
+  what = f"truncated or damaged ({_first_line(error)})"
   return _Damage(where, what, "get the file again")
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _decoded(
@@ -430,7 +434,9 @@ def _has_text(
   if field in names:
     what = f"field {field!r} is {type(value).__name__}, not a string"
   else:
-    what = f"no field {field!r} (there are: {', '.join(names) or 'none'})"
+    # A table without a header shows its first row here, however long.
+    some = ", ".join(" ".join(name.split())[:40] for name in names[:20])
+    what = f"no field {field!r} (there are: {some or 'none'})"
   report(where, what, "set data.text_field")
   return False
 
@@ -524,7 +530,9 @@ def _tfds(
   """Yields the texts of a data set that TensorFlow Datasets has prepared."""
   match = _TFDS.fullmatch(spec)
   if match is None:
-    raise InputError(f"{spec}: write it tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
+    raise InputError(
+      f"source {spec}: write it tfds:NAME[/CONFIG][:VERSION][:SPLIT]"
+    )
   name, split = match[1], match[2] or "train"
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import read_only_builder
@@ -533,15 +541,17 @@ def _tfds(
   try:
     # From the files alone: the code that made them may be anywhere.
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except (tfds.core.DatasetNotFoundError, ValueError):
+  except ValueError as error:
+    raise InputError(f"source {spec}: {_first_line(error)}") from None
+  except tfds.core.DatasetNotFoundError:
     raise InputError(
-      f"data.source={spec}: no prepared data set {name} in {place}; set"
+      f"source {spec}: no prepared data set {name} in {place}; set"
       " data.tfds_dir, or prepare it with file_format='array_record'"
     ) from None
   whole = re.match(r"\w+", split)
   if whole is None or whole[0] not in builder.info.splits:
     raise InputError(
-      f"data.source={spec}: no split {split!r}; there are:"
+      f"source {spec}: no split {split!r}; there are:"
       f" {', '.join(builder.info.splits)}"
     )
   names = list(builder.info.features)
@@ -552,11 +562,11 @@ def _tfds(
     rows = builder.as_data_source(split)
   except NotImplementedError:
     raise InputError(
-      f"data.source={spec}: prepared as {builder.info.file_format.value}, which"
+      f"source {spec}: prepared as {builder.info.file_format.value}, which"
       " needs TensorFlow; prepare it again with file_format='array_record'"
     ) from None
   except (ValueError, OSError) as error:
-    raise InputError(f"data.source={spec}: {_first_line(error)}") from None
+    raise InputError(f"source {spec}: {_first_line(error)}") from None
   for start in range(0, len(rows), _TFDS_BATCH):
     indices = range(start, min(start + _TFDS_BATCH, len(rows)))
     try:
@@ -576,10 +586,6 @@ def _tfds(
           continue
       if _has_text(value, field, names, where, report):
         yield where, value
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Parts of the standard library that aren't documentation of it, or whose
@@ -610,7 +616,9 @@ def _embedded() -> Iterator[tuple[str, str]]:
   the standard library's modules, classes and functions, which are read from
   the source, not imported. Docstrings of fewer than 40 characters are left
   out, and near-duplicates: a text of which more than half of the 5-word
-  shingles have stood in texts before it.
+  shingles have stood in texts before it. On Python 3.11 to 3.13 that leaves
+  1.7 to 1.8 million characters in 5,400 to 5,700 texts, 66 of them topics (0.4
+  million), and takes 2 to 3 seconds.
 
   Raises:
     InputError: This Python comes with neither.
@@ -633,7 +641,7 @@ def _embedded() -> Iterator[tuple[str, str]]:
       yield f"embedded:{where}", text
   if not some:
     raise InputError(
-      "data.source=embedded: this Python comes without pydoc_data and without"
+      "source embedded: this Python comes without pydoc_data and without"
       f" the source of its library ({sysconfig.get_path('stdlib')}); install"
       " them or name a source of your own"
     )

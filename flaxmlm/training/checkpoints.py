@@ -73,8 +73,8 @@ def restore_params(directory: str, shapes: Params) -> tuple[int, Params]:
       latest = checkpointer.latest
   if latest is None:
     raise InputError(f"{directory}: no checkpoint there yet; train first")
-  loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-  options = ocp.options.PyTreeOptions(loading=loading)
-  with ocp.Context(pytree_options=options):
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  with context:
     loaded = ocp.load(latest.path, {"params": shapes})
   return latest.step, loaded["params"]

@@ -176,6 +176,12 @@ def _fixed_example(objective: Objective, batch: Batch) -> Example:
   return objective.corrupt(corrupt_keys, batch)
 
 
+def run_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
+  """Returns a run's key for its parameters and its key for its steps."""
+  init_key, step_key = jax.random.split(jax.random.key(seed))
+  return init_key, step_key
+
+
 def row_keys(
   key: Key[Array, ""], step: Int[Array, ""], example: Int[Array, " B"]
 ) -> tuple[Key[Array, " B"], Key[Array, " B"]]:

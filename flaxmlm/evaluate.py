@@ -1,0 +1,107 @@
+"""Measures a trained model on its validation split, or on any text.
+
+  python -m flaxmlm.evaluate --workdir=runs/quickstart --source='other/*.txt'
+
+Masks depend on the row alone: two evaluations of the same rows agree exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+
+from flaxmlm import InputError, config
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Prints loss, perplexity and accuracy beside their baselines."""
+  parser = config.parser(__doc__)
+  parser.add_argument(
+    "--source",
+    metavar="TEXT",
+    help="text to measure on, in the forms of data.source; by default the"
+    " run's validation split",
+  )
+  parser.add_argument(
+    "--rows", type=int, metavar="N", help="rows at most; by default all"
+  )
+  parser.add_argument("--json", metavar="FILE", help="write the figures here")
+  args, c = config.parse(parser, argv)
+  if args.rows is not None and args.rows < 1:
+    raise InputError(f"--rows={args.rows}: wants at least 1")
+
+  from flaxmlm import prepare
+  from flaxmlm.data import batches, rows
+  from flaxmlm.train import open_data
+
+  with contextlib.ExitStack() as stack:
+    trained, _, plan = open_data(c, args.workdir)
+    store = trained
+    if args.source is not None:
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+      store = prepare.prepare_store(
+        config.load(
+          os.path.join(args.workdir, "config.json"),
+          [
+            f"--config.data.source={args.source}",
+            "--config.data.weights=()",
+            "--config.data.validation_source=None",
+            "--config.data.validation_fraction=0",
+            f"--config.tokenizer.path={trained.folder}/tokenizer",
+          ],
+        ),
+        os.path.join(folder, "store"),
+      )
+      plan = rows.load(store, "train", c.data.row_length)
+
+    import jax
+    import numpy as np
+
+    from flaxmlm import load, objectives
+    from flaxmlm.objectives import Batch
+    from flaxmlm.training import loop, metrics, sharding
+    from flaxmlm.training.step import make_eval_step
+
+    m = load(args.workdir)
+    V = m.tokenizer.vocab.size
+    names = ("pad", "unk", "cls", "sep", "mask")
+    specials = {n: store.vocab[n] for n in names}
+    mesh = sharding.make_mesh(**c.mesh)
+    places = sharding.tree_sharding(mesh, m.params)
+    eval_step = make_eval_step(
+      m.model,
+      objectives.build(
+        c.objective,
+        row_length=c.data.row_length,
+        vocab_size=V,
+        specials=specials,
+      ),
+      mesh=mesh,
+      params_sharding=places,
+      log_unigram=metrics.log_unigram(trained.counts, list(specials.values())),
+    )
+    every = batches.in_order(
+      store, plan, batch_size=c.train.batch_size, rows=args.rows
+    )
+    values = loop.evaluate(
+      eval_step,
+      jax.device_put(m.params, places),
+      (sharding.put_rows(mesh, Batch(*batch)) for batch in every),
+    ) | {"eval/uniform_entropy": float(np.log(V))}
+
+  rows_used = min(plan.rows, args.rows or plan.rows)
+  print(
+    f"{args.workdir}, step {m.step:,}, on"
+    f" {args.source or 'its validation split'}: {rows_used:,} rows"
+  )
+  for name, value in values.items():
+    print(f"{name.removeprefix('eval/'):>18}  {value:,.4f}")
+  if args.json is not None:
+    with open(args.json, "w", encoding="utf-8") as file:
+      json.dump({"step": m.step, "rows": rows_used} | values, file, indent=2)
+
+
+if __name__ == "__main__":
+  config.run(main)
