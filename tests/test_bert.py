@@ -97,7 +97,7 @@ def reference(params, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         for h in range(OPTIONS["heads"]):
           scores = np.array([q[i][h] @ k[j][h] for j in seen]) / np.sqrt(K)
           weights = np.exp(scores) / np.exp(scores).sum()
-          heads.append(sum(a * v[j][h] for a, j in zip(weights, seen)))
+          heads.append(sum(a * v[j][h] for a, j in zip(weights, seen, strict=True)))
         mixed.append(linear(np.concatenate(heads), w["attention_output"]))
       x = [
         norm(t + m, w["attention_norm"]) for t, m in zip(x, mixed, strict=True)
@@ -178,17 +178,18 @@ def test_a_rows_dropout_is_its_own_and_has_the_rate():
   np.testing.assert_allclose(whole[kept], 256 / 230, rtol=1e-6)
 
 
-def test_flops_are_those_of_the_compiled_forward_pass():
-  model = models.build(OPTIONS, vocab_size=V, dtype="float32")
+def test_flops_are_those_that_xla_counts():
+  wide = OPTIONS | {"width": 512, "ffn": 2048, "max_positions": 64}
+  model = models.build(wide, vocab_size=1000, dtype="float32")
   params = jax.eval_shape(model.init, jax.random.key(0))
-  rows, slots = 2, 4
+  rows, length, slots = 2, 64, 10
 
   def forward(params, inputs):
     hidden = model.encode(params, inputs, None)
     return model.predict(params, hidden[:, :slots])
 
-  inputs = Inputs(*(jnp.zeros((rows, L), jnp.int32) for _ in range(4)))
-  cost = jax.jit(forward).lower(params, inputs).compile().cost_analysis()
-  # XLA counts the elementwise work too, which is much at this small width.
-  ratio = cost["flops"] / (model.flops(L, slots) * rows / 3)
-  assert 1.0 < ratio < 1.6
+  inputs = Inputs(*(jnp.zeros((rows, length), jnp.int32) for _ in range(4)))
+  cost = jax.jit(forward).lower(params, inputs).cost_analysis()
+  ratio = cost["flops"] / (model.flops(length, slots) * rows / 3)
+  # XLA counts the elementwise work too, which is little at this width.
+  assert 1.0 < ratio < 1.05

@@ -541,13 +541,13 @@ def _tfds(
   try:
     # From the files alone: the code that made them may be anywhere.
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except ValueError as error:
-    raise InputError(f"source {spec}: {_first_line(error)}") from None
   except tfds.core.DatasetNotFoundError:
     raise InputError(
       f"source {spec}: no prepared data set {name} in {place}; set"
       " data.tfds_dir, or prepare it with file_format='array_record'"
     ) from None
+  except ValueError as error:
+    raise InputError(f"source {spec}: {_first_line(error)}") from None
   whole = re.match(r"\w+", split)
   if whole is None or whole[0] not in builder.info.splits:
     raise InputError(

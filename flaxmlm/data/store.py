@@ -40,7 +40,7 @@ SPLITS = ("train", "validation")
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-_FINGERPRINTS = 1 << 22  # sorted at a time, so that memory is bounded
+_FINGERPRINTS = 1 << 20  # sorted at a time, so that memory is bounded
 
 
 class Split(NamedTuple):
@@ -299,7 +299,7 @@ def _choose(
 ) -> np.ndarray:
   """Returns which documents are kept (bool [D]); counts why others are not.
 
-  Works on ranges of fingerprints of some four million, one after another.
+  Works on ranges of fingerprints of some one or two million, one after another.
   """
   keep = np.ones(len(fingerprints), bool)
   bits = max(len(fingerprints) // _FINGERPRINTS, 1).bit_length() - 1
