@@ -674,22 +674,23 @@ def _do(task: _Task) -> _Done:
   from flaxmlm.data import store
 
   tokenizer = _tokenizer_at(task.folder, task.fingerprint)
-  digest = hashlib.sha256()
-  digest.update(json.dumps([task.fingerprint, task.cleaning]).encode())
-  size = 0
-  documents = list(zip(task.texts, task.sources, strict=True))
-  for text, source in documents:
-    data = text.encode("utf-8", "surrogatepass")
-    digest.update(f"{source} {len(data)} ".encode())
-    digest.update(data)
-    size += len(data)
+  head = [
+    task.fingerprint,
+    task.cleaning,
+    task.sources,
+    [*map(len, task.texts)],
+  ]
+  data = "".join(task.texts).encode("utf-8", "surrogatepass")
+  digest = hashlib.sha256(json.dumps(head).encode())
+  digest.update(data)
   key = digest.hexdigest()
   tokens = store.shard_tokens(task.path, key)
   if tokens is None:
+    documents = zip(task.texts, task.sources, strict=True)
     shard = tokenize_shard(documents, tokenizer, task.cleaning)
     store.save_shard(task.path, shard, key)
     tokens = len(shard.ids)
-  return _Done(task.path, len(documents), tokens, size)
+  return _Done(task.path, len(task.texts), tokens, len(data))
 
 
 def _bad_lines(bad: BadRecords) -> Iterator[str]:

@@ -97,7 +97,9 @@ def reference(params, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         for h in range(OPTIONS["heads"]):
           scores = np.array([q[i][h] @ k[j][h] for j in seen]) / np.sqrt(K)
           weights = np.exp(scores) / np.exp(scores).sum()
-          heads.append(sum(a * v[j][h] for a, j in zip(weights, seen, strict=True)))
+          heads.append(
+            sum(a * v[j][h] for a, j in zip(weights, seen, strict=True))
+          )
         mixed.append(linear(np.concatenate(heads), w["attention_output"]))
       x = [
         norm(t + m, w["attention_norm"]) for t, m in zip(x, mixed, strict=True)

@@ -1,0 +1,149 @@
+"""Config: what is taken, what is refused, and in which words."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from flaxmlm import InputError, config
+
+
+def load(*overrides: str, path=None):
+  c = config.load(path, [f"--config.{o}" for o in overrides])
+  config.validate(c)
+  return c
+
+
+@pytest.mark.parametrize(
+  ("override", "key", "value"),
+  [
+    ("train.steps=1e6", "train.steps", 1_000_000),
+    ("optimizer.peak_lr=1e-3", "optimizer.peak_lr", 1e-3),
+    ("optimizer.peak_lr=1", "optimizer.peak_lr", 1.0),
+    ("optimizer.clip_norm=None", "optimizer.clip_norm", None),
+    ("data.cleaning.html=true", "data.cleaning.html", True),
+    ("data.source=('embedded', 'tests')", "data.source", ("embedded", "tests")),
+    ("data.source=embedded", "data.source", "embedded"),
+    ("mesh.data=-1", "mesh.data", -1),
+    ("tokenizer.kind=bpe", "tokenizer.kind", "bpe"),
+  ],
+)
+def test_every_type_is_read_from_the_command_line(override, key, value):
+  got = config.to_flat(load(override))[key]
+  assert got == value and type(got) is type(value)
+
+
+def test_weights_are_a_tuple_of_floats():
+  c = load("data.source=('embedded','tests')", "data.weights=(1, 2)")
+  assert c.data.weights == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    (["train.stpes=5"], "train.stpes; did you mean train.steps?"),
+    (["widht=5"], "did you mean model.width?"),
+    (["train.steps=many"], "train.steps=many: wants an integer"),
+    (["train.steps=1.5"], "train.steps=1.5: wants an integer"),
+    (["train.steps=True"], "wants an integer"),
+    (["train.steps=None"], "wants an integer"),
+    (["optimizer.peak_lr=-1"], "must be at least 0"),
+    (["optimizer.peak_lr=nan"], "wants a number"),
+    (["data.cleaning.html=maybe"], "wants True or False"),
+    (["optimizer.name=adam"], "did you mean adamw?"),
+    (["data.source=nowhere/*.txt"], "data.source=nowhere/*.txt: no such file"),
+    (["data.store=nowhere"], "data.store=nowhere: no store"),
+    (["tokenizer.path=nowhere"], "tokenizer.path=nowhere: no such file"),
+    (["model.heads=7"], "model.heads=7 doesn't divide model.width=768"),
+    (["data.row_length=1024"], "longer than model.max_positions=512"),
+    (["tokenizer.vocab_size=4"], "tokenizer.vocab_size=4: must be at least 8"),
+    (["train.batch_size=250"], "doesn't divide by the 8 devices"),
+    (["train.microbatches=3"], "train.microbatches=3 doesn't divide"),
+    (["mesh.data=3"], "doesn't fit 8 devices"),
+    (["mesh.data=-1", "mesh.fsdp=-1"], "only one axis"),
+    (["mesh.tensor=0"], "0 devices"),
+    (["optimizer.warmup_steps=10", "train.steps=5"], "more than train.steps"),
+    (
+      ["objective.mask_share=0.9", "objective.random_share=0.2"],
+      "is more than 1",
+    ),
+    (["data.weights=(1,2)"], "2 numbers for 1 sources"),
+    (["train=5"], "unknown key train"),
+  ],
+)
+def test_a_bad_key_is_one_line_that_names_it(overrides, words):
+  with pytest.raises(InputError) as error:
+    load(*overrides)
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_batches_are_checked_against_the_devices_there_are():
+  c = config.defaults()
+  c.train.batch_size = 12
+  with pytest.raises(InputError, match="8 devices"):
+    config.validate(c, devices=8)
+  config.validate(c, devices=4)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("c.train.stpes = 5", ":5: "),
+    ("c.train.steps = 'x'", "train.steps='x': wants an integer"),
+    ("1 / 0", ":5: division by zero"),
+    ("return 3", "returned no ConfigDict"),
+    ("c.new = 1", ":5: "),
+    ("if", ":5: "),
+  ],
+)
+def test_a_broken_config_file_is_one_line_with_its_place(tmp_path, text, words):
+  path = tmp_path / "broken.py"
+  path.write_text(
+    "from flaxmlm.config import defaults\n\ndef get_config():\n"
+    f"  c = defaults()\n  {text}\n  return c\n"
+  )
+  with pytest.raises(InputError) as error:
+    load(path=str(path))
+  assert "broken.py" in str(error.value) and words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_json_brings_the_same_config_back(tmp_path):
+  c = load("optimizer.clip_norm=None", "data.source=('embedded', 'tests')")
+  path = tmp_path / "config.json"
+  path.write_text(config.to_json(c))
+  assert config.differences(c, config.from_json(str(path))) == []
+  assert config.differences(c, load("seed=3"))[0] == "seed: 0 -> 3"
+
+
+@pytest.mark.parametrize("name", sorted(os.listdir(ROOT / "configs")))
+def test_every_config_in_the_repository_is_valid(name):
+  if name.endswith(".py"):
+    c = config.load(str(ROOT / "configs" / name))
+    config.validate(c, devices=1)
+
+
+def test_docs_are_what_the_code_says():
+  docs = (ROOT / "docs" / "config.md").read_text()
+  assert docs == "\n".join(config.markdown()) + "\n", (
+    "stale: python -m flaxmlm.config > docs/config.md"
+  )
+
+
+def test_a_mistake_ends_with_code_2_before_jax_is_imported(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, "-X", "importtime", "-m", "flaxmlm.train"),
+      *("--config=configs/quickstart.py", f"--workdir={tmp_path}/run"),
+      "--config.model.heads=3",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  errors = [x for x in done.stderr.splitlines() if "import time:" not in x]
+  assert done.returncode == 2
+  assert errors == ["error: model.heads=3 doesn't divide model.width=128"]
+  assert " jax" not in done.stderr and not (tmp_path / "run").exists()

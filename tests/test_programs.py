@@ -1,0 +1,247 @@
+"""The programs as people run them: the quickstart, shortened, to its end."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import flaxmlm
+from flaxmlm import InputError
+
+STEPS = 60
+SHORT = [
+  "--config=configs/quickstart.py",
+  f"--config.train.steps={STEPS}",
+  "--config.optimizer.warmup_steps=10",
+  "--config.checkpoint.every=8",
+  "--config.eval.every=30",
+  "--config.eval.rows=64",
+  "--config.log.every=2",
+]
+
+
+def environment() -> dict[str, str]:
+  """One CPU device, as people have it."""
+  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def program(name: str, *args: str, code: int = 0, **kwargs) -> str:
+  """Runs a program; returns what it printed."""
+  done = subprocess.run(
+    [sys.executable, "-m", f"flaxmlm.{name}", *args],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    **kwargs,
+  )
+  assert done.returncode == code, done.stdout + done.stderr
+  return done.stdout if code == 0 else done.stderr
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> pathlib.Path:
+  """A finished run of the shortened quickstart."""
+  workdir = tmp_path_factory.mktemp("runs") / "quickstart"
+  out = program("train", *SHORT, f"--workdir={workdir}")
+  assert f"step {STEPS}/{STEPS}" in out
+  assert "report: " in out and "fill_mask" in out
+  return workdir
+
+
+def test_it_learns_and_writes_what_it_promises(run):
+  metrics = lines(run / "metrics.jsonl")
+  steps = [line["step"] for line in metrics if "train/loss" in line]
+  assert steps == list(range(2, STEPS + 1, 2))
+  evals = [line for line in metrics if "eval/loss" in line]
+  assert [line["step"] for line in evals] == [0, 30, 60]
+  assert abs(evals[0]["eval/loss"] - np.log(2048)) < 0.2
+  assert evals[-1]["eval/loss"] < evals[0]["eval/loss"] - 0.8
+  for name in ("tokens_per_second", "mfu", "grad_norm", "learning_rate"):
+    assert all(np.isfinite(m[f"train/{name}"]) for m in metrics[1:2])
+  for name in ("config.json", "report.html", "tokenizer", "store"):
+    assert (run / name).exists()
+  assert any((run / "tensorboard").iterdir())
+
+
+def test_killed_and_started_again_it_is_the_same_run(run, tmp_path):
+  workdir = tmp_path / "again"
+  line = [*SHORT, f"--workdir={workdir}", f"--config.data.store={run}/store"]
+  last = random.SystemRandom().randrange(10, STEPS - 8)
+  print(f"to be killed after step {last}")
+  metrics = workdir / "metrics.jsonl"
+  process = subprocess.Popen(
+    [sys.executable, "-m", "flaxmlm.train", *line],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.DEVNULL,
+  )
+  while not metrics.exists() or f'"step": {last - last % 2},' not in (
+    metrics.read_text()
+  ):
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  out = program("train", *line)
+  assert "going on after step" in out
+  want, got = flaxmlm.load(str(run)), flaxmlm.load(str(workdir))
+  assert want.step == got.step == STEPS
+  for a, b in zip(
+    jax.tree.leaves(want.params), jax.tree.leaves(got.params), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  steps = [line["step"] for line in lines(metrics) if "train/loss" in line]
+  assert steps == sorted(set(steps))
+  end = [m["eval/loss"] for m in lines(metrics) if "eval/loss" in m]
+  assert (
+    end[-1]
+    == [
+      m["eval/loss"] for m in lines(run / "metrics.jsonl") if "eval/loss" in m
+    ][-1]
+  )
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(run, tmp_path):
+  workdir = tmp_path / "stopped"
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-m", "flaxmlm.train", *SHORT),
+      *(f"--workdir={workdir}", f"--config.data.store={run}/store"),
+    ],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  metrics = workdir / "metrics.jsonl"
+  while not metrics.exists() or '"step": 10,' not in metrics.read_text():
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert "the same line again goes on" in out
+  stopped = flaxmlm.load(str(workdir)).step
+  assert f"stopped after step {stopped:,} of {STEPS}" in out
+
+
+def test_another_config_is_refused_with_the_differences(run):
+  error = program(
+    "train",
+    *SHORT,
+    f"--workdir={run}",
+    "--config.optimizer.peak_lr=1",
+    code=2,
+  )
+  assert error.count("\n") == 1
+  assert "optimizer.peak_lr: 0.003 -> 1.0" in error
+
+
+def test_evaluate_agrees_with_the_run(run, tmp_path):
+  figures = tmp_path / "figures.json"
+  program("evaluate", f"--workdir={run}", "--rows=64", f"--json={figures}")
+  got = json.loads(figures.read_text())
+  want = lines(run / "metrics.jsonl")[-1]
+  for name in ("eval/loss", "eval/accuracy", "eval/unigram_entropy"):
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-6)
+
+
+def test_evaluate_on_another_text(run, tmp_path):
+  text = tmp_path / "other.txt"
+  text.write_text("Return a list of the names of all files. " * 20)
+  out = program("evaluate", f"--workdir={run}", f"--source={text}")
+  assert "perplexity" in out
+
+
+def test_preview_shows_the_rows_of_the_run(run, tmp_path):
+  path = tmp_path / "rows.jsonl"
+  out = program("preview", f"--workdir={run}", "--steps=0:3", f"--json={path}")
+  assert "hidden" in out and "[MASK]" in out
+  rows = lines(path)
+  assert [row["step"] for row in rows] == sorted([0, 1, 2] * 32)
+  for row in rows:
+    back = list(row["input_ids"])
+    for slot, target, weight in zip(
+      row["slots"], row["targets"], row["weights"], strict=True
+    ):
+      if weight:
+        back[slot] = target
+    assert back == row["original_ids"]
+
+
+def test_fill_mask_on_the_command_line_and_in_python(run, tmp_path):
+  path = tmp_path / "filled.json"
+  texts = ["Return a [MASK] object.", "The [MASK] of the [MASK]."]
+  out = program("fill_mask", f"--workdir={run}", f"--json={path}", *texts)
+  assert texts[0] in out and "%" in out
+  piped = program("fill_mask", f"--workdir={run}", input="\n".join(texts))
+  assert piped == out
+  m = flaxmlm.load(str(run))
+  filled = m.fill_mask(texts, top_k=5)
+  assert [r["result"] for r in json.loads(path.read_text())] == filled
+  assert m.fill_mask(texts[0]) == filled[0]
+  for guess in filled[0]:
+    assert set(guess) == {"score", "token", "token_str", "sequence"}
+    assert "[MASK]" not in guess["sequence"]
+  assert len(filled[1]) == 2
+  assert all("[MASK]" in guess["sequence"] for guess in filled[1][0])
+  scores = [guess["score"] for guess in filled[0]]
+  assert scores == sorted(scores, reverse=True)
+
+
+def test_fill_mask_is_the_softmax_of_the_logits(run):
+  m = flaxmlm.load(str(run))
+  vocab = m.tokenizer.vocab
+  text = "Return a [MASK] object."
+  ids = [[vocab.cls, *m.tokenizer.encode(text), vocab.sep]]
+  place = ids[0].index(vocab.mask)
+  logits = m.logits(np.array(ids))[0, place].astype(np.float64)
+  p = np.exp(logits) / np.exp(logits).sum()
+  filled = m.fill_mask(text, top_k=vocab.size)
+  got = np.zeros(vocab.size)
+  got[[guess["token"] for guess in filled]] = [g["score"] for g in filled]
+  np.testing.assert_allclose(got, p, rtol=1e-4)
+
+
+def test_encode_doesnt_depend_on_padding_and_batch(run):
+  m = flaxmlm.load(str(run))
+  ids = np.random.default_rng(0).integers(5, 2000, (3, 20))
+  alone = m.encode(ids[:1])
+  padded = np.pad(ids, ((0, 0), (0, 13)), constant_values=9)
+  valid = np.pad(np.ones_like(ids), ((0, 0), (0, 13)))
+  together = m.encode(padded, attention_mask=valid)
+  np.testing.assert_allclose(together[:1, :20], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("", "empty text"),
+    ("no mask here", r"no \[MASK\]"),
+    ("[MASK] " + "word " * 100, "at most 62 fit"),
+  ],
+)
+def test_texts_that_cant_be_filled_are_refused(run, text, message):
+  m = flaxmlm.load(str(run))
+  with pytest.raises(InputError, match=message):
+    m.fill_mask(text)
+
+
+def test_load_refuses_a_folder_that_is_no_run(tmp_path):
+  with pytest.raises(InputError, match="no workdir"):
+    flaxmlm.load(str(tmp_path))
