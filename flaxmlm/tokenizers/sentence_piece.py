@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,9 @@ from flaxmlm.tokenizers.vocab import (
 _ANCHOR = "\ue000"
 # Characters that are encoded together: bounds the memory of the flags.
 _GROUP_CHARS = 1 << 21
+# What is remembered: 2**17 words and their ids are some 40 MB.
+_KNOWN_WORDS = 1 << 17
+_KNOWN_CHARS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +54,18 @@ class SentencePiece:
   names: tuple[str, ...] = field(repr=False)
   # Special ids that the model makes of raw text (user-defined pieces).
   leaks: tuple[int, ...] = field(repr=False)
+  # A text that has one of these isn't the sum of its words to the model.
+  whole: tuple[str, ...] = field(repr=False)
 
   @functools.cached_property
   def _starts(self) -> np.ndarray:
     marks = [name.startswith("▁") for name in self.names]
     return np.array(marks, np.uint8) * WORD_START
+
+  @functools.cached_property
+  def _known(self) -> dict[str, bytes]:
+    """The ids (uint32) of words that were encoded before."""
+    return {}
 
   @functools.cached_property
   def _text(self) -> list[bytes]:
@@ -85,37 +96,66 @@ class SentencePiece:
     return result
 
   def _encode_group(self, texts: list[str]) -> list[Encoded]:
-    """Encodes texts, taking the k-th "▁" for the k-th word between spaces.
+    whole = [
+      any(c in text for c in self.whole) or token_flags.has_cjk_stops(text)
+      for text in texts
+    ]
+    parts = zip(texts, whole, strict=True)
+    rest = iter(self._encode_by_words([t for t, odd in parts if not odd]))
+    return [
+      self._encode_with_offsets(text) if odd else next(rest)
+      for text, odd in zip(texts, whole, strict=True)
+    ]
 
-    Offsets cost several times the encoding; only texts where the counts
-    differ (a model that keeps newlines, a raw "▁") or where sentences end
-    without whitespace are encoded again with them.
+  def _encode_by_words(self, texts: list[str]) -> list[Encoded]:
+    """Encodes texts whose tokens are those of their words, one by one.
+
+    Each distinct word is encoded once: several times as fast as the model, and
+    the k-th word's first token is where its flags belong. (Offsets would cost
+    several times the encoding.)
     """
-    words = token_flags.find_words("\n\n".join(texts))
-    pieces = self.model.encode(texts, out_type="numpy", num_threads=1)
-    ids = np.concatenate(pieces).astype(np.uint32)
-    borders = np.cumsum([0, *map(len, pieces)])
-    flags = self._starts[ids]
-    flags[borders[:-1][np.diff(borders) > 0]] |= WORD_START
+    text = "\n\n".join(texts)
+    words = token_flags.find_words(text)
+    numbers, distinct = _number(text, words)
+    pieces = self._encode_words(distinct)
+    table = np.frombuffer(b"".join(pieces), np.uint32)
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) // 4
+    shift = np.cumsum(sizes) - sizes
 
-    begins = np.cumsum([0, *(len(text) + 2 for text in texts)])
-    text_words = np.diff(np.searchsorted(words.starts, begins))
-    word_tokens = np.flatnonzero(flags)
-    token_words = np.diff(np.searchsorted(word_tokens, borders))
-    odd = text_words != token_words
-    odd |= [token_flags.has_cjk_stops(text) for text in texts]
-    word_tokens = word_tokens[np.repeat(~odd, token_words)]
-    opens = words.opens[np.repeat(~odd, text_words)]
-    flags[word_tokens[opens]] |= SENTENCE_START
+    sizes = sizes[numbers]
+    first = np.cumsum(np.append(0, sizes))  # token of each word, and the end
+    shift = shift[numbers] - first[:-1]
+    ids = table[np.repeat(shift, sizes) + np.arange(first[-1])]
+    flags = self._starts[ids]
+    opens = first[:-1][words.opens]
+    flags[opens[opens < len(flags)]] |= SENTENCE_START
 
     ids = self._without_leaks(ids)
-    ends = borders.tolist()
-    result = [
+    begins = np.cumsum([0, *(len(text) + 2 for text in texts)])
+    ends = first[np.searchsorted(words.starts, begins)].tolist()
+    return [
       Encoded(ids[a:b], flags[a:b])
       for a, b in zip(ends[:-1], ends[1:], strict=True)
     ]
-    for i in np.flatnonzero(odd).tolist():
-      result[i] = self._encode_with_offsets(texts[i])
+
+  def _encode_words(self, words: list[str]) -> list[bytes]:
+    """Returns the ids (uint32) of each word."""
+    known = self._known
+    if len(known) > _KNOWN_WORDS:
+      known.clear()
+    new = [word for word in words if word not in known]
+    found = self.model.encode(new, out_type=int, num_threads=1)
+    ids = np.fromiter(itertools.chain.from_iterable(found), np.uint32)
+    data = ids.tobytes()
+    begin = 0
+    for word, pieces in zip(new, found, strict=True):
+      end = begin + 4 * len(pieces)
+      known[word] = data[begin:end]
+      begin = end
+    result = [known[word] for word in words]
+    for word in new:
+      if len(word) > _KNOWN_CHARS:
+        known.pop(word, None)
     return result
 
   def _encode_with_offsets(self, text: str) -> Encoded:
@@ -220,7 +260,53 @@ def build(model: bytes, settings: Settings, where: str) -> SentencePiece:
     processor,
     tuple(names),
     leaks,
+    _find_whole(processor, names[:size]),
   )
+
+
+def _find_whole(
+  model: sentencepiece.SentencePieceProcessor, names: Sequence[str]
+) -> tuple[str, ...]:
+  """Returns what a text must not have to be the sum of its words.
+
+  Words are what `str.split` gives. No piece may go from one into the next, and
+  the model must take every white space between them for one space. "" (which
+  every text has) if no text is.
+  """
+  apart = (
+    "▁" in names
+    and not any("▁" in name[1:] for name in names)
+    and model.normalize("  a  b ") == "▁a▁b"
+  )
+  if not apart:
+    return ("",)
+  kept = (
+    c for c in token_flags.SPACES if model.normalize(f"a{c}b") != "▁a▁b"
+  )
+  return ("▁", *kept)
+
+
+def _number(
+  text: str, words: token_flags.Words
+) -> tuple[np.ndarray, list[str]]:
+  """Returns each word's number [W], and the words by number.
+
+  Equal words have one number for each white space that follows them.
+  """
+  import pyarrow
+
+  units = token_flags.get_units(text)
+  borders = np.append(words.starts, len(units)) * units.itemsize
+  buffers = [None, *map(pyarrow.py_buffer, (borders.astype(np.int32), units))]
+  count = len(words.starts)
+  array = pyarrow.Array.from_buffers(pyarrow.binary(), count, buffers)
+  numbers = np.asarray(array.dictionary_encode().indices)
+  some = np.zeros(numbers.max(initial=-1) + 1, np.int64)
+  some[numbers] = np.arange(count)  # any of the equal ones
+  places = zip(
+    words.starts[some].tolist(), words.ends[some].tolist(), strict=True
+  )
+  return numbers, [text[a:b] for a, b in places]
 
 
 def _group(texts: Iterable[str]) -> Iterator[list[str]]:
