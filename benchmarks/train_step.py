@@ -108,7 +108,7 @@ def make_ours() -> tuple[Callable[[int], None], float]:
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   model = models.build(c.model, vocab_size=V, dtype="float32")
   objective = objectives.build(
-    c.objective, row_length=L, vocab_size=V, specials=SPECIALS
+    c.objective, row_length=L, vocab=SPECIALS | {"size": V}
   )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
   init, places = make_init(model, optimizer, mesh)

@@ -1,6 +1,6 @@
 """BERT-base (12 layers of 768, rows of 512; Devlin et al., 2018), bfloat16.
 
-  python -m flaxmlm.train --config=configs/bert_base.py \
+python -m flaxmlm.train --config=configs/bert_base.py \
     --config.data.source='texts/*.jsonl.zst' --workdir=runs/base
 """
 

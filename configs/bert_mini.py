@@ -1,6 +1,6 @@
 """BERT-mini (4 layers of 256; Turc et al., 2019) on your own text.
 
-  python -m flaxmlm.train --config=configs/bert_mini.py \
+python -m flaxmlm.train --config=configs/bert_mini.py \
     --config.data.source='texts/*.txt' --workdir=runs/mini
 """
 

@@ -104,7 +104,7 @@ KEYS: dict[str, Key] = {
   "optimizer.decay_steps": Key(1000, int, "Length of the decay under `wsd`.", unit="steps", low=0),
   "optimizer.end_lr_ratio": Key(0.0, float, "Learning rate at the end, as a share of the peak.", low=0, high=1),
 
-  "train.steps": Key(100_000, int, "Optimizer steps of the whole run.", unit="steps", low=0),
+  "train.steps": Key(100_000, int, "Optimizer steps of the whole run.", unit="steps", low=1),
   "train.batch_size": Key(256, int, "Rows of the global batch B.", unit="rows", low=1),
   "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
@@ -113,7 +113,7 @@ KEYS: dict[str, Key] = {
   "mesh.fsdp": Key(1, int, "Devices that share one copy of the parameters; the batch is split over them too. -1: the rest.", unit="devices", low=-1),
   "mesh.tensor": Key(1, int, "Devices that share heads, feed-forward and vocabulary. -1: the rest.", unit="devices", low=-1),
 
-  "eval.every": Key(1000, int, "Evaluate on the validation split each so many steps, and at the end. 0: at the end only.", unit="steps", low=0),
+  "eval.every": Key(1000, int, "Evaluate on the validation split each so many steps, before the first and after the last. 0: only these two.", unit="steps", low=0),
   "eval.rows": Key(2048, int, "Validation rows to evaluate, at most.", unit="rows", low=1),
 
   "checkpoint.every": Key(1000, int, "Save each so many steps, and at the end. 0: at the end only.", unit="steps", low=0),
@@ -125,7 +125,14 @@ KEYS: dict[str, Key] = {
 
 
 # What a run may be resumed with changed: nothing that it computes hangs on it.
-FREE_ON_RESUME = ("mesh.", "train.microbatches", "data.processes")
+FREE_ON_RESUME = (
+  "mesh.",
+  "train.microbatches",
+  "data.processes",
+  "eval.",
+  "checkpoint.",
+  "log.",
+)
 
 
 def defaults() -> ConfigDict:
@@ -338,13 +345,16 @@ def _is_number(value: Any) -> bool:
   )
 
 
-def validate(config: ConfigDict, *, devices: int | None = None) -> None:
+def validate(
+  config: ConfigDict, *, devices: int | None = None, sources: bool = True
+) -> None:
   """Checks that the keys fit each other, the files and the devices.
 
   Args:
     config: A config of `load`.
     devices: Number of devices, where it is known. Without JAX it is known only
       for emulated CPU devices (XLA_FLAGS); `train` calls again once JAX is up.
+    sources: Whether the text must be there: not if its store is made already.
 
   Raises:
     InputError: One line that names the keys that don't fit.
@@ -369,7 +379,7 @@ def validate(config: ConfigDict, *, devices: int | None = None) -> None:
     "objective.mask_share + objective.random_share is more than 1",
   )
   need(
-    c.optimizer.warmup_steps <= c.train.steps or c.train.steps == 0,
+    c.optimizer.warmup_steps <= c.train.steps,
     f"optimizer.warmup_steps={c.optimizer.warmup_steps} is more than"
     f" train.steps={c.train.steps}",
   )
@@ -385,25 +395,26 @@ def validate(config: ConfigDict, *, devices: int | None = None) -> None:
     f" train.batch_size={c.train.batch_size}",
   )
   _validate_mesh(c, devices or _emulated_devices(), need)
-  sources = as_tuple(c.data.source)
-  need(
-    len(c.data.weights) in (0, len(sources)),
-    f"data.weights has {len(c.data.weights)} numbers for {len(sources)} sources"
-    " in data.source",
-  )
+  texts = as_tuple(c.data.source)
+  if c.data.store is None:
+    need(
+      len(c.data.weights) in (0, len(texts)),
+      f"data.weights has {len(c.data.weights)} numbers for {len(texts)} sources"
+      " in data.source",
+    )
   need(
     not c.data.weights or min(c.data.weights) > 0,
     "data.weights must be more than 0; leave a source out of data.source",
   )
-  if c.data.store is None:
+  if c.data.store is None and sources:
     validation = as_tuple(c.data.validation_source or ())
     for name, paths in (
-      ("data.source", sources),
+      ("data.source", texts),
       ("data.validation_source", validation),
     ):
       for path in paths:
         need(_source_exists(path), f"{name}={path}: no such file or folder")
-  else:
+  if c.data.store is not None:
     manifest = os.path.join(c.data.store, "manifest.json")
     need(
       os.path.isfile(manifest),
@@ -525,19 +536,32 @@ def parse(
     path = os.path.join(args.workdir, "config.json")
     if not os.path.isfile(path):
       raise InputError(
-        f"--config=FILE is missing, and {args.workdir} has no run to go on;"
-        " try --config=configs/quickstart.py"
+        f"{args.workdir} has no run (no config.json there); name a config by"
+        " --config=FILE, like configs/quickstart.py, or another --workdir"
       )
   config = load(path, overrides)
   if args.print_config:
     print(to_json(config), end="")
     sys.exit(0)
-  validate(config)
+  check_json(getattr(args, "json", None))
+  workdir = getattr(args, "workdir", None) or ""
+  made = os.path.join(workdir, "store", "manifest.json")
+  validate(config, sources=not (workdir and os.path.exists(made)))
   return args, config
+
+
+def check_json(path: str | None) -> None:
+  """Raises InputError if a `--json` file can't be written, before the work."""
+  if path is not None and (
+    os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)
+  ):
+    raise InputError(f"--json={path}: can't be written; is the folder there?")
 
 
 def run(main: Callable[[], None]) -> None:
   """Runs a program's main; a user's mistake is one line and exit code 2."""
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors="replace")  # a terminal without Unicode
   try:
     main()
   except InputError as error:

@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("--json", metavar="FILE", help="write the figures here")
   args, c = config.parse(parser, argv)
+  if not os.path.isdir(os.path.join(args.workdir, "checkpoints")):
+    raise InputError(f"{args.workdir}: no checkpoint there yet; train first")
   if args.rows is not None and args.rows < 1:
     raise InputError(f"--rows={args.rows}: wants at least 1")
 
@@ -42,15 +44,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.source is not None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
       store = prepare.prepare_store(
-        config.load(
-          os.path.join(args.workdir, "config.json"),
-          [
-            f"--config.data.source={args.source}",
-            "--config.data.weights=()",
-            "--config.data.validation_source=None",
-            "--config.data.validation_fraction=0",
-            f"--config.tokenizer.path={trained.folder}/tokenizer",
-          ],
+        config.check_keys(
+          config.to_flat(c)
+          | {
+            "data.source": args.source,
+            "data.weights": (),
+            "data.validation_source": None,
+            "data.validation_fraction": 0.0,
+            "tokenizer.path": os.path.join(trained.folder, "tokenizer"),
+          },
+          where="--source",
         ),
         os.path.join(folder, "store"),
       )
@@ -65,31 +68,26 @@ def main(argv: list[str] | None = None) -> None:
     from flaxmlm.training.step import make_eval_step
 
     m = load(args.workdir)
-    V = m.tokenizer.vocab.size
-    names = ("pad", "unk", "cls", "sep", "mask")
-    specials = {n: store.vocab[n] for n in names}
     mesh = sharding.make_mesh(**c.mesh)
     places = sharding.tree_sharding(mesh, m.params)
     eval_step = make_eval_step(
       m.model,
       objectives.build(
-        c.objective,
-        row_length=c.data.row_length,
-        vocab_size=V,
-        specials=specials,
+        c.objective, row_length=c.data.row_length, vocab=store.vocab
       ),
       mesh=mesh,
       params_sharding=places,
-      log_unigram=metrics.log_unigram(trained.counts, list(specials.values())),
+      log_unigram=metrics.log_unigram(
+        trained.counts, objectives.special_ids(store.vocab)
+      ),
     )
-    every = batches.in_order(
-      store, plan, batch_size=c.train.batch_size, rows=args.rows
-    )
+    size = sharding.whole_rows(mesh, c.train.batch_size // c.train.microbatches)
+    every = batches.in_order(store, plan, batch_size=size, rows=args.rows)
     values = loop.evaluate(
       eval_step,
       jax.device_put(m.params, places),
       (sharding.put_rows(mesh, Batch(*batch)) for batch in every),
-    ) | {"eval/uniform_entropy": float(np.log(V))}
+    ) | {"eval/uniform_entropy": float(np.log(store.vocab["size"]))}
 
   rows_used = min(plan.rows, args.rows or plan.rows)
   print(
@@ -101,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
   if args.json is not None:
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump({"step": m.step, "rows": rows_used} | values, file, indent=2)
+      file.write("\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from flaxmlm import config, load
+from flaxmlm import InputError, config, load
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,10 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     "--json", metavar="FILE", help="write the results as JSON too"
   )
   args = parser.parse_args(argv)
+  config.check_json(args.json)
   if not args.texts and sys.stdin.isatty():
     print("type lines with a [MASK]; end with Ctrl-D", file=sys.stderr)
   texts = args.texts or [line.rstrip("\n") for line in sys.stdin]
   texts = [text for text in texts if text.strip() or args.texts]
+
+  if not texts:
+    raise InputError("no text; give some as arguments or on standard input")
 
   results = load(args.workdir).fill_mask(texts, top_k=args.top_k)
 
@@ -50,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         ensure_ascii=False,
         indent=2,
       )
+      file.write("\n")
   for text, result in zip(texts, results, strict=True):
     print(text)
     masks = result if isinstance(result[0], list) else [result]

@@ -80,10 +80,10 @@ def main() -> None:  # noqa: D103
   if finished:
     store.verify(made)
     print(f"{args.out}: nothing to do, the store is finished and undamaged")
-  fill = rows.load(made, "train", config.data.row_length).fill
+  L = config.data.row_length
   facts = summary(made.manifest) | {
-    "row_length": config.data.row_length,
-    "row_fill": fill,
+    "row_length": L,
+    "row_fill": rows.predict_fill(made.train.offsets, L),
   }
   if not finished:
     facts["seconds"] = seconds
@@ -156,7 +156,8 @@ def prepare_store(
     began.append(time.perf_counter())
     seconds[stage] = began[-1] - began[-2]
 
-  with _started(partial, spec, say=print if progress else None):
+  say = print if progress else None
+  with _explained(out), _started(partial, spec, say=say):
     final = os.path.join(partial, "store")
     folder = os.path.join(final, "tokenizer")
     if not os.path.isdir(folder):
@@ -191,6 +192,12 @@ def prepare_store(
       },
     )
     _check_not_empty(manifest, config)
+    if progress and manifest["smallest_held_out"]:
+      print(
+        "no document fell into data.validation_fraction="
+        f"{config.data.validation_fraction:g}; the one with the smallest hash"
+        " is held out for validation"
+      )
     os.replace(final, out)
     shutil.rmtree(partial, ignore_errors=True)
     finished("store")
@@ -210,7 +217,8 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
   if first is None:
     raise InputError(
       f"data.source={config.data.source}: no text to train a tokenizer on; all"
-      " of it is for validation (data.validation_fraction) or shorter than"
+      " of it is for validation (data.validation_fraction; of one .txt file"
+      " data.document=paragraph makes many documents) or shorter than"
       f" data.cleaning.min_chars={config.data.cleaning.min_chars}"
     )
   return tokenizers.train(
@@ -424,20 +432,26 @@ def _flat(entries: list) -> list[str]:
 
 
 @contextlib.contextmanager
+def _explained(out: str) -> Iterator[None]:
+  """Makes one line of a full disk or of a folder that can't be written."""
+  try:
+    yield
+  except OSError as error:
+    raise InputError(
+      f"{error.filename or out}: {error.strerror or error}; free some space or"
+      " use another folder, and start again: it goes on where it was"
+    ) from error
+
+
+@contextlib.contextmanager
 def _started(
   partial: str, spec: Mapping, *, say: Callable[[str], None] | None
 ) -> Iterator[None]:
   """Locks the folder of unfinished work, empty unless it is of this spec."""
   from flaxmlm.data.store import write_atomically
 
-  try:
-    os.makedirs(partial, exist_ok=True)
-    lock = open(os.path.join(partial, "lock"), "wb")  # noqa: SIM115
-  except OSError as error:
-    raise InputError(
-      f"{partial}: can't be written: {error.strerror}"
-    ) from error
-  with lock:
+  os.makedirs(partial, exist_ok=True)
+  with open(os.path.join(partial, "lock"), "wb") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -713,6 +727,16 @@ def _check_not_empty(manifest: Mapping[str, Any], config: ConfigDict) -> None:
     for reason, count in documents["dropped"].items()
     if count
   )
+  validation = config.data.validation_source
+  split = validation is None and config.data.validation_fraction > 0
+  single = documents["kept"] == 1 or not splits["validation"]["documents"]
+  if split and documents["kept"] and single:
+    raise InputError(
+      f"data.source={config.data.source}: a single document"
+      f" ({dropped or 'none'} dropped) can't be both for training and for"
+      " validation; of a .txt file data.document=paragraph makes many; or name"
+      " a data.validation_source, or set data.validation_fraction=0"
+    )
   if not splits["train"]["documents"]:
     raise InputError(
       f"no training document is left of {documents['read']}"
@@ -721,19 +745,10 @@ def _check_not_empty(manifest: Mapping[str, Any], config: ConfigDict) -> None:
       " data.cleaning.min_chars, data.validation_fraction,"
       " data.validation_source"
     )
-  if splits["validation"]["documents"]:
-    return
-  if config.data.validation_source is not None:
+  if validation is not None and not splits["validation"]["documents"]:
     raise InputError(
-      f"data.validation_source={config.data.validation_source}: no document"
-      f" is left ({dropped or 'none'} dropped)"
-    )
-  if config.data.validation_fraction > 0:
-    raise InputError(
-      f"none of {documents['kept']} documents fell into validation with"
-      f" data.validation_fraction={config.data.validation_fraction:g}; raise"
-      " it, make documents smaller (data.document=paragraph for .txt), name a"
-      " data.validation_source, or set it to 0 to do without"
+      f"data.validation_source={validation}: no document is left"
+      f" ({dropped or 'none'} dropped)"
     )
 
 

@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
   if match is None or int(match[1]) >= int(match[2]):
     raise InputError(f"--steps={args.steps}: wants A:B with A < B, like 0:3")
 
+  if args.rows < 0:
+    raise InputError(f"--rows={args.rows}: wants 0 or more")
+
   from flaxmlm.train import open_data
 
   store, plans, _ = open_data(c, args.workdir)
@@ -71,8 +74,7 @@ def main(argv: list[str] | None = None) -> None:
   objective = objectives.build(
     c.objective,
     row_length=c.data.row_length,
-    vocab_size=tokenizer.vocab.size,
-    specials=specials,
+    vocab=store.vocab,
   )
   _, step_key = run_keys(c.seed)
 

@@ -7,6 +7,7 @@ goes on where the run stopped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm import tokenizers
   from flaxmlm.data import batches
 
+  claim_store(workdir, store)
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
   tokenizer.save(os.path.join(workdir, "tokenizer"))
   if validation.rows == 0:
@@ -68,12 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
-  specials = {n: store.vocab[n] for n in ("pad", "unk", "cls", "sep", "mask")}
   mesh = sharding.make_mesh(**c.mesh)
   model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
-  objective = objectives.build(
-    c.objective, row_length=L, vocab_size=V, specials=specials
-  )
+  objective = objectives.build(c.objective, row_length=L, vocab=store.vocab)
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
   init, state_sharding = make_init(model, optimizer, mesh)
   train_step = make_train_step(
@@ -87,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     state_sharding=state_sharding,
     microbatches=c.train.microbatches,
   )
-  log_unigram = metrics.log_unigram(store.counts, list(specials.values()))
+  log_unigram = metrics.log_unigram(
+    store.counts, objectives.special_ids(store.vocab)
+  )
   eval_step = make_eval_step(
     model,
     objective,
@@ -117,15 +118,18 @@ def main(argv: list[str] | None = None) -> None:
     )
 
   def evaluate(params: Any) -> dict[str, float]:
+    # As much memory as a micro-batch of training.
+    size = sharding.whole_rows(mesh, B // c.train.microbatches)
     every = batches.in_order(
-      store, validation, batch_size=B, rows=c.eval.rows, shard=shard
+      store, validation, batch_size=size, rows=c.eval.rows, shard=shard
     )
     values = loop.evaluate(eval_step, params, map(put, every))
     return values | {"eval/uniform_entropy": float(np.log(V))}
 
   def guesses(params: Any) -> list[dict[str, Any]]:
+    size = sharding.whole_rows(mesh, 4)
     some = batches.in_order(
-      store, validation, batch_size=B, rows=4, shard=shard
+      store, validation, batch_size=size, rows=4, shard=shard
     )
     batch = next(iter(some))
     shown = jax.device_get(guess_step(params, put(batch)))
@@ -169,12 +173,13 @@ def main(argv: list[str] | None = None) -> None:
   if state is None:
     state = init(init_key)
     before = guesses(state.params)
-    with open(examples_path, "w", encoding="utf-8") as file:
-      json.dump(before, file)
+    write_text(examples_path, json.dumps(before))
   else:
-    print(f"going on after step {int(state.step):,}")
-    with open(examples_path, encoding="utf-8") as file:
-      before = json.load(file)
+    print(f"going on after step {int(state.step):,} of {c.train.steps:,}")
+    before = []
+    if os.path.exists(examples_path):
+      with open(examples_path, encoding="utf-8") as file:
+        before = json.load(file)
 
   with metrics.open_writer(workdir, step=int(state.step)) as writer:
     state = loop.run(
@@ -205,8 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics=metrics.read(os.path.join(workdir, "metrics.jsonl")),
     config=config.to_flat(c),
     examples=[
-      row | {"before": row["guesses"], "after": new["guesses"]}
-      for row, new in zip(before, after, strict=True)
+      new | {"before": old.get("guesses", []), "after": new["guesses"]}
+      for old, new in itertools.zip_longest(before, after, fillvalue={})
     ],
   )
   print(f"\nreport: {page}")
@@ -221,13 +226,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def claim_workdir(workdir: str, c: ConfigDict) -> None:
-  """Writes the config into a new workdir, or compares it with the one there.
+  """Writes the config into the workdir, unless a run of another is there.
+
+  A workdir without a checkpoint has nothing to lose: its config is replaced.
 
   Raises:
-    InputError: The run that is there was made with another config.
+    InputError: The run that is there was made with another config, or the
+      folder can't be made.
   """
   path = os.path.join(workdir, "config.json")
-  if os.path.exists(path):
+  if os.path.exists(path) and has_checkpoint(workdir):
     changed = [
       line
       for line in config.differences(config.from_json(path), c)
@@ -238,9 +246,44 @@ def claim_workdir(workdir: str, c: ConfigDict) -> None:
         f"{workdir} has a run with another config: {'; '.join(changed)}; take"
         " these back, or another --workdir"
       )
-  os.makedirs(workdir, exist_ok=True)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    write_text(path, config.to_json(c))
+  except OSError as error:
+    raise InputError(f"--workdir={workdir}: {error.strerror}") from error
+
+
+def claim_store(workdir: str, store: TokenStore) -> None:
+  """Notes which store the run reads; a resumed run must read the same.
+
+  Raises:
+    InputError: The run that is there was made with another store.
+  """
+  path = os.path.join(workdir, "store.json")
+  if os.path.exists(path) and has_checkpoint(workdir):
+    with open(path, encoding="utf-8") as file:
+      before = json.load(file)["manifest_sha256"]
+    if before != store.hash:
+      raise InputError(
+        f"{store.folder} isn't the store that the run in {workdir} was made"
+        " with: its manifest has changed; bring that back, or take another"
+        " --workdir"
+      )
+  write_text(path, json.dumps({"manifest_sha256": store.hash}) + "\n")
+
+
+def has_checkpoint(workdir: str) -> bool:
+  """Says whether a run in the workdir has saved anything yet."""
+  folder = os.path.join(workdir, "checkpoints")
+  return os.path.isdir(folder) and any(
+    name.isdigit() for name in os.listdir(folder)
+  )
+
+
+def write_text(path: str, text: str) -> None:
+  """Writes a file that is there whole or not at all."""
   with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(config.to_json(c))
+    file.write(text)
   os.replace(path + ".tmp", path)
 
 
@@ -249,19 +292,45 @@ def open_data(
 ) -> tuple[TokenStore, list[RowPlan], RowPlan]:
   """Returns a run's store, its training plans and its validation plan.
 
-  The store is made when it is missing. There is one training plan, or one a
+  The store is made when it is missing; one that is there is taken, so that a
+  run can be used where its text isn't. There is one training plan, or one a
   source if the sources have weights.
+
+  Raises:
+    InputError: A key about the text or the tokenizer was set to something else
+      than what the store was made with, or the weights don't fit its sources.
   """
   from flaxmlm import prepare
   from flaxmlm.data import rows
   from flaxmlm.data.store import open_store
 
-  if c.data.store is None:
-    store = prepare.prepare_store(c, os.path.join(workdir, "store"))
-  else:
+  own = os.path.join(workdir, "store")
+  if c.data.store is not None:
     store = open_store(c.data.store)
+  elif os.path.exists(os.path.join(own, "manifest.json")):
+    store = open_store(own)
+  else:
+    store = prepare.prepare_store(c, own)
+  spec, values = store.manifest["spec"], config.to_flat(c)
+  for name, value in values.items():
+    if (
+      name in spec
+      and name not in ("data.source", "data.validation_source")
+      and name != "tokenizer.path"
+      and value != config.KEYS[name].default
+      and value != spec[name]
+    ):
+      raise InputError(
+        f"{store.folder} was made with {name}={spec[name]!r}, not {value!r};"
+        " leave the key out, or make another store"
+      )
+  weights, texts = c.data.weights, spec["data.source"]
+  if weights and len(weights) != len(texts):
+    raise InputError(
+      f"data.weights has {len(weights)} numbers, the store {len(texts)} sources"
+    )
   L = c.data.row_length
-  sources = range(len(c.data.weights)) if c.data.weights else [None]
+  sources = range(len(weights)) if weights else [None]
   plans = [rows.load(store, "train", L, source=s) for s in sources]
   return store, plans, rows.load(store, "validation", L)
 

@@ -46,7 +46,7 @@ def rows(count: int, seed: int = 0) -> Batch:
 @functools.cache
 def make_corrupt(rate: float):
   objective = objectives.build(
-    OPTIONS | {"rate": rate}, row_length=L, vocab_size=V, specials=SPECIALS
+    OPTIONS | {"rate": rate}, row_length=L, vocab=SPECIALS | {"size": V}
   )
 
   @jax.jit
@@ -86,7 +86,7 @@ def test_putting_targets_back_gives_the_original_rows():
 
 
 def test_80_10_10_and_uniform_choices():
-  batch = rows(16_000)
+  batch = rows(24_000)
   example = corrupt(batch)
   used = example.weights > 0
   targets = example.targets[used]

@@ -248,8 +248,8 @@ def test_unfinished_work_of_another_config_is_started_over(corpus, tmp_path):
   other = tmp_path / "other.txt"
   write_text(other, 50, seed=1)
   out = tmp_path / "store"
-  c = make_config(other, data__validation_fraction=1e-9)
-  with pytest.raises(InputError, match="none of 40 documents fell"):
+  c = make_config(other, data__document="file")
+  with pytest.raises(InputError, match="data.document=paragraph"):
     prepare.prepare_store(c, str(out), progress=False)
   assert (tmp_path / "store.partial").exists()
   prepare.prepare_store(make_config(path), str(out), progress=False)
@@ -272,15 +272,58 @@ def test_two_at_once_are_refused(corpus, tmp_path):
     prepare.prepare_store(make_config(corpus[0]), out, progress=False)
 
 
-def test_no_validation_document_names_the_key(tmp_path):
+def test_a_single_document_names_the_way_out(tmp_path):
   path = tmp_path / "text.txt"
   write_text(path, 20)
   c = make_config(path, data__document="file", data__validation_fraction=1e-9)
-  with pytest.raises(InputError, match="raise it, make documents smaller"):
+  with pytest.raises(InputError, match="data.document=paragraph makes many"):
     prepare.prepare_store(c, str(tmp_path / "a"), progress=False)
   c.data.validation_fraction = 0.0
   made = prepare.prepare_store(c, str(tmp_path / "b"), progress=False)
   assert len(made.validation.ids) == 0
+
+
+def test_of_a_few_files_one_is_held_out_and_it_is_said(tmp_path, capsys):
+  for number in range(5):
+    write_text(tmp_path / f"{number}.txt", 20, seed=number)
+  c = make_config(
+    tmp_path / "*.txt",
+    data__document="file",
+    data__validation_fraction=1e-9,
+  )
+  made = prepare.prepare_store(c, str(tmp_path / "store"))
+  assert len(made.validation.sources) == 1
+  assert len(made.train.sources) == 4
+  assert "the one with the smallest hash is held out" in capsys.readouterr().out
+
+
+def test_a_full_disk_and_a_bad_folder_are_one_line_each(corpus, tmp_path):
+  arguments = [
+    f"--config.data.source={corpus[0]}",
+    "--config.data.document=line",
+    "--config.tokenizer.vocab_size=200",
+  ]
+  # A limit on the size of files stands for the end of the disk: it comes in
+  # the middle of writing too.
+  limited = (
+    "import resource, runpy, sys; sys.argv[0] = 'prepare';"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+    "runpy.run_module('flaxmlm.prepare', run_name='__main__')"
+  )
+  full = subprocess.run(
+    [sys.executable, "-c", limited, *arguments, f"--out={tmp_path / 'store'}"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  assert full.returncode == 2
+  assert "File too large; free some space" in full.stderr
+  assert full.stderr.count("\n") == 1
+  (tmp_path / "file").write_text("")
+  refused = run_program(*arguments, f"--out={tmp_path / 'file' / 'store'}")
+  assert refused.returncode == 2
+  assert "Not a directory" in refused.stderr
+  assert refused.stderr.count("\n") == 1
 
 
 def test_nothing_left_for_the_tokenizer_names_the_keys(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,8 +72,11 @@ def test_it_learns_and_writes_what_it_promises(run):
   assert [line["step"] for line in evals] == [0, 30, 60]
   assert abs(evals[0]["eval/loss"] - np.log(2048)) < 0.2
   assert evals[-1]["eval/loss"] < evals[0]["eval/loss"] - 0.8
-  for name in ("tokens_per_second", "mfu", "grad_norm", "learning_rate"):
-    assert all(np.isfinite(m[f"train/{name}"]) for m in metrics[1:2])
+  for line in metrics:
+    if "train/loss" in line:
+      assert 0 < line["train/tokens_per_second"] < 1e7
+      assert 0 < line["train/grad_norm"] < 100
+      assert 0 <= line["train/host_share"] < 1
   for name in ("config.json", "report.html", "tokenizer", "store"):
     assert (run / name).exists()
   assert any((run / "tensorboard").iterdir())
@@ -105,17 +109,18 @@ def test_killed_and_started_again_it_is_the_same_run(run, tmp_path):
     jax.tree.leaves(want.params), jax.tree.leaves(got.params), strict=True
   ):
     np.testing.assert_array_equal(a, b)
-  steps = [line["step"] for line in lines(metrics) if "train/loss" in line]
-  assert steps == sorted(set(steps))
-  end = [m["eval/loss"] for m in lines(metrics) if "eval/loss" in m]
-  assert (
-    end[-1]
-    == [
-      m["eval/loss"] for m in lines(run / "metrics.jsonl") if "eval/loss" in m
-    ][-1]
-  )
+  timed = ("tokens_per_second", "mfu", "host_share")
+  figures = [
+    [
+      {k: v for k, v in line.items() if not k.endswith(timed)}
+      for line in lines(folder / "metrics.jsonl")
+    ]
+    for folder in (workdir, run)
+  ]
+  assert figures[0] == figures[1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(run, tmp_path):
   workdir = tmp_path / "stopped"
   process = subprocess.Popen(
@@ -150,6 +155,20 @@ def test_another_config_is_refused_with_the_differences(run):
   )
   assert error.count("\n") == 1
   assert "optimizer.peak_lr: 0.003 -> 1.0" in error
+
+
+def test_another_store_is_refused(run, tmp_path):
+  workdir, store = tmp_path / "run", tmp_path / "store"
+  shutil.copytree(run / "checkpoints", workdir / "checkpoints")
+  shutil.copytree(run / "store", store)
+  shutil.copy(run / "store.json", workdir)
+  line = [*SHORT, f"--workdir={workdir}", f"--config.data.store={store}"]
+  manifest = store / "manifest.json"
+  manifest.write_text(manifest.read_text() + " ")
+  assert "its manifest has changed" in program("train", *line, code=2)
+  line += [f"--workdir={tmp_path}/new", "--config.tokenizer.vocab_size=77"]
+  error = program("train", *line, code=2)
+  assert "was made with tokenizer.vocab_size=2048, not 77" in error
 
 
 def test_evaluate_agrees_with_the_run(run, tmp_path):
@@ -194,7 +213,11 @@ def test_fill_mask_on_the_command_line_and_in_python(run, tmp_path):
   m = flaxmlm.load(str(run))
   filled = m.fill_mask(texts, top_k=5)
   assert [r["result"] for r in json.loads(path.read_text())] == filled
-  assert m.fill_mask(texts[0]) == filled[0]
+  alone = m.fill_mask(texts[0])
+  for one, same in zip(alone, filled[0], strict=True):
+    assert one["token"] == same["token"]
+    assert one["sequence"] == same["sequence"]
+    np.testing.assert_allclose(one["score"], same["score"], rtol=1e-4)
   for guess in filled[0]:
     assert set(guess) == {"score", "token", "token_str", "sequence"}
     assert "[MASK]" not in guess["sequence"]

@@ -56,12 +56,14 @@ def test_the_histogram_packs_like_best_fit_piece_by_piece(seed):
   assert sorted(L - used) == best_fit_decreasing(lengths + 2, L)
 
 
-def test_fill_of_documents_of_many_lengths():
+def test_fill_of_documents_of_many_lengths(monkeypatch):
+  monkeypatch.setattr(rows, "_BLOCK", 999)
   lengths = np.random.default_rng(0).lognormal(5, 1, 100_000).astype(np.int64)
   for L in (128, 512):
     plan = rows.plan(offsets_of(lengths), L)
     slots = sum(plan.piece_length.tolist()) + 2 * len(plan.piece_length)
     assert plan.fill == slots / (plan.rows * L) > 0.995
+    assert rows.predict_fill(offsets_of(lengths), L) == plan.fill
 
 
 def test_neighbours_in_a_row_are_not_neighbours_in_the_corpus():

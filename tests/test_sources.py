@@ -477,6 +477,7 @@ def embedded() -> list[sources.Document]:
 
 
 def test_embedded_is_the_same_each_time_and_large_enough(embedded):
+  sources._embedded.cache_clear()
   assert list(read(["embedded"])) == embedded
   size = sum(len(d.text) for d in embedded)
   assert 1_000_000 < size < 3_000_000
@@ -508,6 +509,7 @@ def test_embedded_docstrings_are_those_of_the_library(embedded):
 
 
 def test_a_python_without_its_texts_says_so(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "_embedded", sources._embedded.__wrapped__)
   monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
   # The library's source alone is enough.
   assert next(read(["embedded"])).where.startswith("embedded:")

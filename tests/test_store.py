@@ -142,6 +142,21 @@ def test_the_split_never_moves(tmp_path):
   assert all(ids in whole for ids in part)
 
 
+def test_where_no_document_falls_into_validation_the_smallest_does(tmp_path):
+  documents = make_documents(20)
+  documents += [documents[7]]
+  made = make_store(tmp_path / "some", documents, fraction=1e-9)
+  smallest = min(documents, key=lambda d: d[1])
+  assert contents(made.validation) == plain([smallest])
+  assert made.manifest["smallest_held_out"]
+  assert made.manifest["splits"]["train"]["documents"] == 19
+  # Not if that leaves nothing to train on, nor if none is asked for.
+  copies = make_store(tmp_path / "one", documents[:1] * 2, fraction=1e-9)
+  assert len(copies.validation.ids) == 0
+  none = make_store(tmp_path / "none", documents, fraction=0)
+  assert len(none.validation.ids) == 0
+
+
 def test_counts_are_the_training_unigrams(tmp_path):
   made = make_store(tmp_path, make_documents(50))
   expected = Counter(t for _, ids, _ in contents(made.train) for t in ids)

@@ -464,6 +464,45 @@ def test_fast_sentence_flags_are_those_of_offsets(name):
     assert np.array_equal(found.flags, slow.flags)
 
 
+@pytest.mark.parametrize(
+  "name", ["t5-style-unigram-32k.model", "unigram-1k.model", "unigram", "bpe"]
+)
+def test_words_on_their_own_are_the_whole_text(name, monkeypatch):
+  from flaxmlm.tokenizers import sentence_piece
+
+  # So that words are forgotten all the time.
+  monkeypatch.setattr(sentence_piece, "_KNOWN_WORDS", 20)
+  monkeypatch.setattr(sentence_piece, "_GROUP_CHARS", 500)
+  tokenizer = load(name) if name.endswith("model") else trained(name)
+  rng = np.random.default_rng(0)
+  letters = list("aab ee .!?…\n\t\r,'\"▁中。😀\u0301\u200b\u3000\x1c\x07ﬁ¨")
+  texts = ["".join(rng.choice(letters, 30)) for _ in range(1000)]
+  plain = [letter for letter in letters if letter not in "▁。…\x1c\n\t\r"]
+  texts += ["".join(rng.choice(plain, 30)) for _ in range(1000)]
+  texts += ["", " ", "\u200b", "x" * 100 + " y", "\x07 a. \x07 b"]
+  for text, found in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    whole = tokenizer._encode_with_offsets(text)
+    # Sorted: of "a aa" and "aa a", which score the same, rounding decides.
+    assert np.array_equal(np.sort(found.ids), np.sort(whole.ids)), text
+    assert np.array_equal(found.flags, whole.flags), text
+
+
+def test_a_model_with_pieces_over_spaces_is_given_whole_texts(tmp_path):
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["a b c d e f g", "a b a b"] * 9),
+    model_prefix=str(tmp_path / "m"),
+    vocab_size=14,
+    split_by_whitespace=False,
+    hard_vocab_limit=False,
+    minloglevel=3,
+  )
+  tokenizer = flax_tokenizers.load(str(tmp_path / "m.model"))
+  assert any("▁" in name[1:] for name in tokenizer.names)
+  text = "a b a b a b c a b"
+  ids = tokenizer.encode_batch([text])[0].ids.tolist()
+  assert ids == tokenizer.model.encode(text)
+
+
 def test_flags_do_not_depend_on_the_batch():
   texts = ["", *web_pages()[:20], " ", "a. b", "\n\n", novel()[:9000], "c\n"]
   for name in ENGLISH:

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from flaxmlm import InputError, config, models, objectives
@@ -53,7 +52,7 @@ def parts(c, devices: int, *, fsdp: int = 1, tensor: int = 1):
   )
   model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
   objective = objectives.build(
-    c.objective, row_length=L, vocab_size=V, specials=SPECIALS
+    c.objective, row_length=L, vocab=SPECIALS | {"size": V}
   )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
   schedule = optimizers.make_schedule(
@@ -91,13 +90,14 @@ def one_device() -> np.ndarray:
 @pytest.mark.parametrize(
   ("devices", "microbatches", "axes"),
   [
-    (1, 2, {}),
     (1, 4, {}),
-    (2, 1, {}),
-    (2, 4, {}),
+    (2, 2, {}),
     (8, 1, {}),
-    (2, 2, {"fsdp": 2}),
-    (8, 1, {"fsdp": 2, "tensor": 2}),
+    pytest.param(1, 2, {}, marks=pytest.mark.slow),
+    pytest.param(2, 1, {}, marks=pytest.mark.slow),
+    pytest.param(2, 4, {}, marks=pytest.mark.slow),
+    pytest.param(2, 2, {"fsdp": 2}, marks=pytest.mark.slow),
+    pytest.param(8, 1, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
   ],
 )
 def test_losses_are_the_same_on_any_mesh(
@@ -150,7 +150,6 @@ def test_gradient_is_that_of_the_formula_in_float64():
     want = jax.grad(_formula)(params, jax.tree.map(np.asarray, example))
     want = jax.tree.map(np.asarray, want)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    assert np.abs(b).max() > 0 or a.shape == b.shape
     np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max() + 1e-8)
 
 
@@ -272,4 +271,3 @@ def test_bfloat16_compute_keeps_float32_parameters_and_learns():
   }
   np.testing.assert_allclose(got[0], losses(tiny(), 1, steps=1)[0], rtol=1e-2)
   assert got[-1] < got[0] - 0.1
-  assert optax.global_norm(state.params) > 0

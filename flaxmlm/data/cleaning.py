@@ -206,6 +206,7 @@ _INVISIBLE = re.compile(
   "]+"
 )
 _SURROGATES = re.compile("[\ud800-\udfff]+")
+_PRINTABLE_ASCII = bytes([ord("\n"), *range(0x20, 0x7F)])
 
 
 def remove_control(text: str) -> str:
@@ -216,8 +217,11 @@ def remove_control(text: str) -> str:
   feed, variation selectors, and U+200C and U+200D, which shape Persian and
   Indic words and join emoji.
   """
-  # None of them is printable, and this looks three times as fast.
-  if text.replace("\n", "").isprintable():
+  # None of them is printable, and this looks several times as fast.
+  if text.isascii():
+    if not text.encode().translate(None, _PRINTABLE_ASCII):
+      return text
+  elif text.replace("\n", "").isprintable():
     return text
   return _INVISIBLE.sub("", _LINE_ENDS.sub("\n", text))
 
@@ -295,6 +299,7 @@ _SPACES = (
   "\t\x0b\x0c\r\x1c\x1d\x1e\x1f\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005"
   "\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 )
+_ASCII_SPACES = "".join(space for space in _SPACES if space.isascii())
 # A literal beginning lets `re` search at the speed of `str.find`.
 _MANY_SPACES = re.compile("   *")
 _BLANK_LINES = re.compile("\n\n\n+")
@@ -307,10 +312,12 @@ def collapse_whitespace(text: str) -> str:
   space, none at a line's end; more than one blank line becomes one; nothing
   stays around the text.
   """
-  for space in _SPACES:
+  for space in _ASCII_SPACES if text.isascii() else _SPACES:
     if space in text:
       text = text.replace(space, " ")
-  text = _MANY_SPACES.sub(" ", text).replace(" \n", "\n")
+  if "  " in text:
+    text = _MANY_SPACES.sub(" ", text)
+  text = text.replace(" \n", "\n")
   return _BLANK_LINES.sub("\n\n", text).strip()
 
 

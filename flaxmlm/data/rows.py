@@ -24,7 +24,8 @@ from flaxmlm import InputError
 from flaxmlm.data.store import TokenStore
 
 SPECIALS = 2  # [CLS] and [SEP] of each piece
-_VERSION = 1  # of the planner; part of a cached plan's name
+_BLOCK = 1 << 18  # documents that are looked at together
+_VERSION = 2  # of the planner; part of a cached plan's name
 
 
 class RowPlan(NamedTuple):
@@ -74,22 +75,28 @@ def plan(
   room = row_length - SPECIALS
   if room < 1:
     raise InputError(f"data.row_length={row_length} has no room for a token")
-  starts, lengths = _cut(np.asarray(offsets, np.int64), room)
-  patterns, repeats = _pack(np.bincount(lengths, minlength=room + 1))
-  row_pattern = np.repeat(np.arange(len(patterns)), repeats)
-  row_pattern = row_pattern[_scrambled(np.zeros_like(row_pattern))]
-
-  pattern_size = np.array([len(p) for p in patterns], np.int64)
-  pattern_start = np.cumsum(pattern_size) - pattern_size
-  row_size = pattern_size[row_pattern]
-  row_start = np.concatenate([[0], np.cumsum(row_size)])
-  piece_length = np.concatenate([*patterns, np.zeros(0, np.int32)])
-  piece_length = piece_length[ragged(pattern_start[row_pattern], row_size)]
-
-  piece_start = np.empty(len(starts), np.int64)
-  by_length = np.argsort(piece_length, kind="stable")
-  piece_start[by_length] = starts[_scrambled(lengths)]
+  offsets = np.asarray(offsets, np.int64)
+  patterns, repeats = _pack(_count_lengths(offsets, room))
+  row_start, piece_length = _lay_out(patterns, repeats)
+  starts, lengths = _cut(offsets, room)
+  starts = starts[_scrambled(lengths)]
+  del lengths  # 10**8 documents: each array that is kept counts
+  piece_start = np.empty_like(starts)
+  piece_start[np.argsort(piece_length, kind="stable")] = starts
   return RowPlan(split, row_length, row_start, piece_start, piece_length)
+
+
+def predict_fill(offsets: np.ndarray, row_length: int) -> float:
+  """Returns the `fill` that `plan` would reach, without the memory of a plan.
+
+  Args:
+    offsets: As of `plan`; a memory map is read in blocks.
+    row_length: L.
+  """
+  histogram = _count_lengths(offsets, row_length - SPECIALS)
+  used = int(histogram @ (np.arange(len(histogram)) + SPECIALS))
+  _, repeats = _pack(histogram)
+  return used / max(sum(repeats) * row_length, 1)
 
 
 def ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -101,7 +108,9 @@ def ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
   sizes = np.asarray(sizes, np.int64)
   ends = np.cumsum(sizes)
   total = int(ends[-1]) if len(ends) else 0
-  return np.repeat(starts - (ends - sizes), sizes) + np.arange(total)
+  result = np.repeat(starts - (ends - sizes), sizes)
+  result += np.arange(total)
+  return result
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -175,21 +184,61 @@ def _keep(folder: str, arrays: dict[str, np.ndarray]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def _count_lengths(offsets: np.ndarray, room: int) -> np.ndarray:
+  """Returns how many pieces of each length documents are cut into."""
+  histogram = np.zeros(room + 1, np.int64)
+  for first in range(0, len(offsets) - 1, _BLOCK):
+    sizes = np.diff(offsets[first : first + _BLOCK + 1])
+    whole, rest = np.divmod(sizes, room)
+    histogram += np.bincount(rest, minlength=room + 1)
+    histogram[room] += whole.sum()
+  histogram[0] = 0
+  return histogram
+
+
 def _cut(offsets: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns start (int64) and length (int32) of each document's pieces."""
   pieces = -(-np.diff(offsets) // room)
-  rank = ragged(np.zeros(len(pieces), np.int64), pieces)
-  starts = np.repeat(offsets[:-1], pieces) + room * rank
-  ends = np.repeat(offsets[1:], pieces)
-  return starts, np.minimum(ends - starts, room).astype(np.int32)
+  starts = ragged(np.zeros(len(pieces), np.int64), pieces)  # ranks, so far
+  starts *= room
+  starts += np.repeat(offsets[:-1], pieces)
+  lengths = np.repeat(offsets[1:], pieces)
+  lengths -= starts
+  np.minimum(lengths, room, out=lengths)
+  return starts, lengths.astype(np.int32)
+
+
+def _lay_out(
+  patterns: list[np.ndarray], repeats: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the rows in their order: `RowPlan`'s row_start, piece_length."""
+  sizes = np.array([len(p) for p in patterns], np.int32)
+  begins = np.cumsum(sizes) - sizes
+  row_pattern = np.repeat(np.arange(len(patterns), dtype=np.int32), repeats)
+  row_pattern = row_pattern[_scrambled(np.zeros_like(row_pattern))]
+  row_size = sizes[row_pattern]
+  row_start = np.zeros(len(row_size) + 1, np.int64)
+  np.cumsum(row_size, out=row_start[1:])
+  lengths = np.concatenate([*patterns, np.zeros(0, np.int32)])
+  return row_start, lengths[ragged(begins[row_pattern], row_size)]
 
 
 def _scrambled(values: np.ndarray) -> np.ndarray:
-  """Returns the order that sorts non-negative values, equal ones scrambled."""
-  key = mix(np.arange(len(values), dtype=np.uint64) + np.uint64(1))
-  key >>= np.uint64(20)
-  key |= values.astype(np.uint64) << np.uint64(44)
-  return np.argsort(key, kind="stable")
+  """Returns the order that sorts non-negative values, equal ones scrambled.
+
+  One array is sorted in place: value, some bits of a hash, index.
+  """
+  count = len(values)
+  low = count.bit_length()
+  high = 64 - max(int(values.max(initial=0)).bit_length(), 1)
+  key = mix(np.arange(1, count + 1, dtype=np.uint64))
+  key >>= np.uint64(low + 64 - high)
+  key <<= np.uint64(low)
+  key |= np.arange(count, dtype=np.uint64)
+  key |= values.astype(np.uint64) << np.uint64(high)
+  key.sort()
+  key &= np.uint64((1 << low) - 1)
+  return key.view(np.int64)
 
 
 def _pack(histogram: np.ndarray) -> tuple[list[np.ndarray], list[int]]:

@@ -21,6 +21,7 @@ import ast
 import bz2
 import csv
 import dataclasses
+import functools
 import glob
 import gzip
 import inspect
@@ -609,8 +610,9 @@ _NOT_STDLIB = {
 }
 
 
-def _embedded() -> Iterator[tuple[str, str]]:
-  """Yields the texts that come with the Python that is running.
+@functools.cache  # it is read for the tokenizer and for the tokens
+def _embedded() -> list[tuple[str, str]]:
+  """Returns where and text of what comes with the Python that is running.
 
   These are the topics of `help()` (`pydoc_data.topics`) and the docstrings of
   the standard library's modules, classes and functions, which are read from
@@ -625,7 +627,7 @@ def _embedded() -> Iterator[tuple[str, str]]:
   """
   seen: set[str] = set()
   short: set[str] = set()
-  some = False
+  found: list[tuple[str, str]] = []
   for where, text in itertools.chain(_topics(), _docstrings()):
     words = re.findall(r"\w+", text.lower())
     shingles = {" ".join(words[i : i + 5]) for i in range(len(words) - 4)}
@@ -637,14 +639,14 @@ def _embedded() -> Iterator[tuple[str, str]]:
       fresh = 2 * len(shingles & seen) <= len(shingles)
     if fresh:
       seen |= shingles
-      some = True
-      yield f"embedded:{where}", text
-  if not some:
+      found.append((f"embedded:{where}", text))
+  if not found:
     raise InputError(
       "source embedded: this Python comes without pydoc_data and without"
       f" the source of its library ({sysconfig.get_path('stdlib')}); install"
       " them or name a source of your own"
     )
+  return found
 
 
 def _topics() -> Iterator[tuple[str, str]]:

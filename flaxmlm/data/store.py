@@ -40,7 +40,7 @@ SPLITS = ("train", "validation")
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-_FINGERPRINTS = 1 << 20  # sorted at a time, so that memory is bounded
+_FINGERPRINTS = 1 << 19  # sorted at a time, so that memory is bounded
 
 
 class Split(NamedTuple):
@@ -213,8 +213,10 @@ def assemble(
 
   A document goes to validation if its fingerprint lies in the lowest
   `validation_fraction` of the 64-bit range, whatever else is in the corpus. If
-  validation has sources of its own, training documents that stand there too
-  are dropped instead. Of copies the first one in reading order stays.
+  none does, of few and large documents, the one with the smallest fingerprint
+  goes there ("smallest_held_out" in the manifest). If validation has sources of
+  its own, training documents that stand there too are dropped instead. Of
+  copies the first one in reading order stays.
 
   Args:
     folder: Where to; has `tokenizer/` already.
@@ -234,6 +236,12 @@ def assemble(
     validation = fingerprints < np.uint64(validation_bound(validation_fraction))
   else:
     validation = sources >= validation_source
+  smallest_held_out = False
+  if validation_source is None and validation_fraction > 0 and len(validation):
+    smallest = fingerprints == fingerprints.min()
+    smallest_held_out = not validation.any() and not smallest.all()
+    if smallest_held_out:
+      validation = smallest
   keep = _choose(
     fingerprints,
     validation,
@@ -266,6 +274,7 @@ def assemble(
       if name.startswith("cleaned:")
     },
     "splits": figures,
+    "smallest_held_out": smallest_held_out,
     "unknown_tokens": int(unigrams["all"][vocab["unk"]]),
     "files": files,
   }
@@ -299,19 +308,13 @@ def _choose(
 ) -> np.ndarray:
   """Returns which documents are kept (bool [D]); counts why others are not.
 
-  Works on ranges of fingerprints of some one or two million, one after another.
+  Works on ranges of up to a million fingerprints, one after another.
   """
   keep = np.ones(len(fingerprints), bool)
   bits = max(len(fingerprints) // _FINGERPRINTS, 1).bit_length() - 1
-  ranges = None
-  if bits:
-    ranges = (fingerprints >> np.uint64(64 - bits)).astype(np.uint32)
+  top = fingerprints.astype("<u8", copy=False).view("<u2")[3::4]
   for number in range(1 << bits):
-    here = (
-      np.arange(len(fingerprints))
-      if ranges is None
-      else np.flatnonzero(ranges == number)
-    )
+    here = np.flatnonzero(top >> (16 - bits) == number)
     training, held_out = here[~validation[here]], here[validation[here]]
     if disjoint:
       known = np.isin(fingerprints[training], fingerprints[held_out])

@@ -166,6 +166,12 @@ class LoadedModel:
     size = self.tokenizer.vocab.size
     if ids.min() < 0 or ids.max() >= size:
       raise InputError(f"input_ids: outside of the vocabulary 0 … {size - 1}")
+    for name, array, most in (
+      ("attention_mask", valid, 1),
+      ("token_type_ids", types, options["segment_types"] - 1),
+    ):
+      if np.min(array) < 0 or np.max(array) > most:
+        raise InputError(f"{name}: wants 0 to {most}")
     # A few static shapes, so that few programs are compiled.
     rows = 1 << (B - 1).bit_length()
     length = min(max(16, 1 << (L - 1).bit_length()), options["max_positions"])

@@ -16,25 +16,40 @@ add up to those of the whole.
 
 from __future__ import annotations
 
-from flaxmlm.objectives import masked
-from flaxmlm.objectives.objective import Batch, Example, Objective, Sums
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["OBJECTIVES", "Batch", "Example", "Objective", "Sums", "build"]
+from flaxmlm.objectives import masked
+from flaxmlm.objectives.objective import (
+  Batch,
+  Example,
+  Objective,
+  Sums,
+  special_ids,
+)
+
+__all__ = [
+  "OBJECTIVES",
+  "Batch",
+  "Example",
+  "Objective",
+  "Sums",
+  "build",
+  "special_ids",
+]
 
 OBJECTIVES = {"masked": masked.build}
 
 
-def build(
-  options, *, row_length: int, vocab_size: int, specials: dict[str, int]
-) -> Objective:
+def build(options, *, row_length: int, vocab: Mapping[str, Any]) -> Objective:
   """Returns the objective of `options.name`.
 
   Args:
     options: The `objective` keys of the config.
     row_length: L.
-    vocab_size: V.
-    specials: Ids of `pad`, `unk`, `cls`, `sep` and `mask`.
+    vocab: `size`, the ids of `pad`, `unk`, `cls`, `sep` and `mask`, and those
+      of `others`: as a token store has it.
   """
   return OBJECTIVES[options["name"]](
-    options, row_length=row_length, vocab_size=vocab_size, specials=specials
+    options, row_length=row_length, vocab=vocab
   )

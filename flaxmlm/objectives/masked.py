@@ -11,20 +11,25 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxmlm.models.model import Inputs, Model, Params
-from flaxmlm.objectives.objective import Batch, Example, Objective, Sums
+from flaxmlm.objectives.objective import (
+  Batch,
+  Example,
+  Objective,
+  Sums,
+  special_ids,
+)
 
 
 def build(
   options: Mapping[str, Any],
   *,
   row_length: int,
-  vocab_size: int,
-  specials: Mapping[str, int],
+  vocab: Mapping[str, Any],
 ) -> Objective:
   """Returns the objective; `options` are the `objective` keys."""
   # Every row has at least [CLS] and [SEP].
   slots = int(budgets(row_length - 2, options["rate"])[-1])
-  forbidden = jnp.asarray(sorted(set(specials.values())), jnp.int32)
+  forbidden = jnp.asarray(special_ids(vocab), jnp.int32)
 
   def corrupt(keys: Key[Array, " B"], batch: Batch) -> Example:
     keys = jax.vmap(jax.random.split)(keys)
@@ -39,9 +44,9 @@ def build(
       targets,
       mask_share=options["mask_share"],
       random_share=options["random_share"],
-      mask=specials["mask"],
+      mask=vocab["mask"],
       forbidden=forbidden,
-      vocab_size=vocab_size,
+      vocab_size=vocab["size"],
     )
     rows = jnp.arange(batch.ids.shape[0])[:, None]
     where = jnp.where(weights > 0, picked, row_length)

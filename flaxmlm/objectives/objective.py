@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, Key, UInt8
 
@@ -52,3 +52,9 @@ class Objective(NamedTuple):
   corrupt: Callable[[Key[Array, " B"], Batch], Example]
   loss: Callable[[Model, Params, Example, Key[Array, " B"] | None], Sums]
   slots: int
+
+
+def special_ids(vocab: Mapping[str, Any]) -> list[int]:
+  """Returns the ids that are never hidden, asked for or drawn, ascending."""
+  named = {vocab[name] for name in ("pad", "unk", "cls", "sep", "mask")}
+  return sorted(named | set(vocab.get("others", ())))

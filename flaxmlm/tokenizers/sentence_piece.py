@@ -34,8 +34,8 @@ from flaxmlm.tokenizers.vocab import (
 _ANCHOR = "\ue000"
 # Characters that are encoded together: bounds the memory of the flags.
 _GROUP_CHARS = 1 << 21
-# What is remembered: 2**17 words and their ids are some 40 MB.
-_KNOWN_WORDS = 1 << 17
+# What is remembered: 2**18 words and their ids are some 50 MB.
+_KNOWN_WORDS = 1 << 18
 _KNOWN_CHARS = 32
 
 
@@ -143,19 +143,19 @@ class SentencePiece:
     known = self._known
     if len(known) > _KNOWN_WORDS:
       known.clear()
-    new = [word for word in words if word not in known]
+    result = list(map(known.get, words))
+    missing = [i for i, ids in enumerate(result) if ids is None]
+    new = [words[i] for i in missing]
     found = self.model.encode(new, out_type=int, num_threads=1)
     ids = np.fromiter(itertools.chain.from_iterable(found), np.uint32)
     data = ids.tobytes()
     begin = 0
-    for word, pieces in zip(new, found, strict=True):
+    for i, word, pieces in zip(missing, new, found, strict=True):
       end = begin + 4 * len(pieces)
-      known[word] = data[begin:end]
+      result[i] = data[begin:end]
+      if len(word) <= _KNOWN_CHARS:
+        known[word] = result[i]
       begin = end
-    result = [known[word] for word in words]
-    for word in new:
-      if len(word) > _KNOWN_CHARS:
-        known.pop(word, None)
     return result
 
   def _encode_with_offsets(self, text: str) -> Encoded:
@@ -280,9 +280,7 @@ def _find_whole(
   )
   if not apart:
     return ("",)
-  kept = (
-    c for c in token_flags.SPACES if model.normalize(f"a{c}b") != "▁a▁b"
-  )
+  kept = (c for c in token_flags.SPACES if model.normalize(f"a{c}b") != "▁a▁b")
   return ("▁", *kept)
 
 

@@ -60,7 +60,9 @@ def run(
   """Trains until the last step, or until a signal asks to stop.
 
   At most two steps are in flight: while the device computes one, the host has
-  read and sent the next. Metrics are those of steps that have ended already.
+  read and sent the next. Only to log, evaluate or save is the newest step
+  waited for. The metrics of a line are means over the steps since the line
+  before it; a resumed run's first line begins at its checkpoint.
 
   Args:
     state: Where to begin; donated.
@@ -78,75 +80,76 @@ def run(
     came. It has been given to `save`.
   """
   first = last_saved = int(state.step)
-  window: list[Any] = []
-  mark, host = time.perf_counter(), 0.0
+  window: list[Any] = []  # sums of the steps since the last report
+  mark, timed, host, paused = time.perf_counter(), 0, 0.0, 0.0
 
   def due(step: int, every: int) -> bool:
     return step == schedule.steps or (every > 0 and step % every == 0)
 
   def report(step: int) -> dict[str, float]:
-    """Writes the mean of all steps since the last report but the newest."""
-    nonlocal mark, host
-    ended, window[:] = window[:-1], window[-1:]
-    if step == schedule.steps:
-      ended, window[:] = ended + window, []
-    if not ended:
-      return {}
-    sums = metrics.add_up(ended)
-    now = time.perf_counter()
-    seconds = (now - mark) / len(ended)
+    """Writes the means over the window, all of whose steps have ended."""
+    nonlocal mark, timed, host, paused
+    sums = metrics.add_up(window)
     values = {f"train/{k}": v for k, v in metrics.means(sums).items()}
     for name in ("grad_norm", "learning_rate"):
-      values[f"train/{name}"] = sums[name] / len(ended)
+      values[f"train/{name}"] = sums[name] / len(window)
     values["train/tokens"] = float(step * cost.tokens)
-    values["train/tokens_per_second"] = cost.tokens / seconds
-    values["train/host_share"] = host / (now - mark)
-    if cost.peak is not None:
-      values["train/mfu"] = cost.flops / seconds / cost.peak.flops
+    now = time.perf_counter()
+    seconds = now - mark - paused
+    if timed:
+      values["train/tokens_per_second"] = timed * cost.tokens / seconds
+      values["train/host_share"] = host / seconds
+      if cost.peak is not None:
+        speed = timed * cost.flops / seconds
+        values["train/mfu"] = speed / cost.peak.flops
     write(step, values)
-    mark, host = now, 0.0
+    window.clear()
+    mark, timed, host, paused = now, 0, 0.0, 0.0
     return values
 
-  if first == 0:  # what knowing nothing is worth
-    write(0, evaluate(state.params))
   with _signals() as stop, _progress(first, schedule.steps) as show:
+    if first == 0:  # what knowing nothing is worth
+      values = evaluate(state.params)
+      write(0, values)
+      show.step(0, values)
     for step in range(first + 1, schedule.steps + 1):
       begin = time.perf_counter()
       batch = batch_at(step - 1)
       host += time.perf_counter() - begin
       state, sums = train_step(state, batch, key)
       window.append(sums)
+      timed += 1
       if len(window) > 2:
         jax.block_until_ready(window[-3])
       if step == first + 1:
         jax.block_until_ready(sums)  # compilation is no part of the speed
-        mark, host = time.perf_counter(), 0.0
-      if step - first == 11:
-        rate = (time.perf_counter() - mark) / 10
-        show.say(
-          f"{rate:.3g} s a step: {clock(rate * (schedule.steps - step))} to go"
-        )
-      values: dict[str, float] = {}
-      logging = due(step, schedule.log_every)
-      if logging:
-        newest = step == schedule.steps
-        jax.block_until_ready(window if newest else window[:-1])
-      begin = time.perf_counter()
-      if logging:
+        mark, timed, host = time.perf_counter(), 0, 0.0
+        began, idle = mark, 0.0
+      if step == first + 11:
+        jax.block_until_ready(sums)
+        pace = (time.perf_counter() - began - idle) / 10
+        left = clock(pace * (schedule.steps - step))
+        show.say(f"{pace:.3g} s a step: {left} to go")
+      values = {}
+      if due(step, schedule.log_every):
+        jax.block_until_ready(sums)
+        begin = time.perf_counter()
         values = report(step)
+        host += time.perf_counter() - begin
       show.step(step, values)
-      host += time.perf_counter() - begin
-      if due(step, schedule.eval_every):
-        pause = time.perf_counter()
-        values = evaluate(state.params)
-        write(step, values)
-        show.step(step, values)
-        mark += time.perf_counter() - pause
-      if due(step, schedule.save_every) or stop:
-        pause = time.perf_counter()
-        save(state)
-        last_saved = step
-        mark += time.perf_counter() - pause
+      saving = due(step, schedule.save_every) or bool(stop)
+      if due(step, schedule.eval_every) or saving:
+        jax.block_until_ready(sums)
+        begin = time.perf_counter()
+        if due(step, schedule.eval_every):
+          values = evaluate(state.params)
+          write(step, values)
+          show.step(step, values)
+        if saving:
+          save(state)
+          last_saved = step
+        paused += time.perf_counter() - begin
+        idle += time.perf_counter() - begin
       if stop:
         break
   if last_saved < int(state.step):

@@ -28,6 +28,8 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
   ("H100 PCIe", 756e12),
   ("H100", 989e12),
   ("A100", 312e12),
+  ("L40S", 362e12),
+  ("L40", 181e12),
   ("L4", 121e12),
   ("V100", 125e12),
 )
@@ -114,8 +116,7 @@ class Writer(NamedTuple):
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Adds one line to metrics.jsonl and the same to TensorBoard."""
-    line = {"step": step, **{k: float(v) for k, v in values.items()}}
-    self.file.write(json.dumps(line) + "\n")
+    self.file.write(_line({"step": step, **values}))
     self.file.flush()
     for name, value in values.items():
       self.board.add_scalar(name, value, step)
@@ -126,21 +127,29 @@ def open_writer(workdir: str, *, step: int) -> Iterator[Writer]:
   """Opens WORKDIR/metrics.jsonl and WORKDIR/tensorboard for a run.
 
   Lines later than `step`, of a run that was killed after its last checkpoint,
-  are taken out: the steps are about to be run again.
+  are taken out, at step 0 all of them: those steps are about to be run again.
   """
   from tensorboardX import SummaryWriter
 
   path = os.path.join(workdir, "metrics.jsonl")
-  kept = [line for line in read(path) if line["step"] <= step]
+  kept = [line for line in read(path) if 0 < step >= line["step"]]
   with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(line) + "\n" for line in kept)
+    file.writelines(_line(line) for line in kept)
   os.replace(path + ".tmp", path)
   board = SummaryWriter(
-    os.path.join(workdir, "tensorboard"), purge_step=step + 1, flush_secs=30
+    os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else 0
   )
-  with open(path, "a", encoding="utf-8") as file:
-    yield Writer(path, file, board)
-  board.close()
+  try:
+    with open(path, "a", encoding="utf-8") as file:
+      yield Writer(path, file, board)
+  finally:
+    board.close()
+
+
+def _line(values: Mapping[str, float]) -> str:
+  """Returns a line of metrics.jsonl; what isn't finite is null there."""
+  finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+  return json.dumps(finite) + "\n"
 
 
 def read(path: str) -> list[dict[str, float]]:
@@ -151,5 +160,6 @@ def read(path: str) -> list[dict[str, float]]:
   with open(path, encoding="utf-8") as file:
     for text in file:
       if text.endswith("\n"):
-        lines.append(json.loads(text))
+        values = json.loads(text).items()
+        lines.append({k: math.nan if v is None else v for k, v in values})
   return lines

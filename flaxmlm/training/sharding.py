@@ -62,6 +62,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def whole_rows(mesh: Mesh, rows: int) -> int:
+  """Returns the number of rows, raised to what the devices can share."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  return -(-rows // ways) * ways
+
+
 def tree_sharding(mesh: Mesh, shapes: Any) -> Any:
   """Returns the sharding of a tree of parameters or optimizer state.
 
