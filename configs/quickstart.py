@@ -10,6 +10,7 @@ def get_config():
   c = defaults()
   c.data.source = "embedded"
   c.data.row_length = 64
+  c.data.validation_fraction = 0.04
   c.tokenizer.vocab_size = 2048
   c.model.layers = 3
   c.model.width = 128
@@ -20,13 +21,13 @@ def get_config():
   c.model.attention_dropout = 0.0
   c.objective.rate = 0.2
   c.optimizer.name = "muon"
-  c.optimizer.peak_lr = 3e-3
-  c.optimizer.muon_peak_lr = 3e-2
+  c.optimizer.peak_lr = 6e-3
+  c.optimizer.muon_peak_lr = 1.2e-2
   c.optimizer.warmup_steps = 100
-  c.train.steps = 1000
+  c.train.steps = 1200
   c.train.batch_size = 32
-  c.eval.every = 250
+  c.eval.every = 300
   c.eval.rows = 512
-  c.checkpoint.every = 500
+  c.checkpoint.every = 600
   c.log.every = 25
   return c

@@ -154,7 +154,7 @@ def test_another_config_is_refused_with_the_differences(run):
     code=2,
   )
   assert error.count("\n") == 1
-  assert "optimizer.peak_lr: 0.003 -> 1.0" in error
+  assert "optimizer.peak_lr: 0.006 -> 1.0" in error
 
 
 def test_another_store_is_refused(run, tmp_path):
