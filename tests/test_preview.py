@@ -131,8 +131,7 @@ def test_counts_of_what_the_objective_really_draws():
   objective = objectives.build(
     {"name": "masked", "rate": 0.15, "mask_share": 0.8, "random_share": 0.1},
     row_length=L,
-    vocab_size=V,
-    specials=SPECIALS,
+    vocab=SPECIALS | {"size": V},
   )
   rng = np.random.default_rng(0)
   ids = rng.integers(5, V, (64, L)).astype(np.int32)
