@@ -85,7 +85,7 @@ def test_it_learns_and_writes_what_it_promises(run):
 def test_killed_and_started_again_it_is_the_same_run(run, tmp_path):
   workdir = tmp_path / "again"
   line = [*SHORT, f"--workdir={workdir}", f"--config.data.store={run}/store"]
-  last = random.SystemRandom().randrange(10, STEPS - 8)
+  last = random.SystemRandom().randrange(26, STEPS - 8)
   print(f"to be killed after step {last}")
   metrics = workdir / "metrics.jsonl"
   process = subprocess.Popen(
