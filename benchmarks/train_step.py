@@ -6,6 +6,9 @@ BERT 4x256, vocabulary 30,522, rows of 128, 15 % masked, AdamW with clipping,
 no dropout, float32. The peer is `BertForMaskedLM` with fused AdamW and SDPA
 attention, given the same rows; its labels are -100 where nothing is asked. It
 computes logits for every token, as it always does. Needs the extra `hf`.
+
+Both run in huge pages, as `flaxmlm.train` does; `--small_pages` shows what that
+is worth.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 from benchmarks import report
 from flaxmlm import config, models, objectives
 from flaxmlm.objectives import Batch
-from flaxmlm.training import metrics, optimizers, sharding
+from flaxmlm.training import memory, metrics, optimizers, sharding
 from flaxmlm.training.step import make_init, make_train_step
 
 V, L, B = 30_522, 128, 32
@@ -38,7 +41,11 @@ SHAPE = {
 
 
 def main() -> None:
-  args = report.parser(__doc__).parse_args()
+  parser = report.parser(__doc__)
+  parser.add_argument("--small_pages", action="store_true")
+  args = parser.parse_args()
+  if not args.small_pages:
+    memory.use_huge_pages()
   rounds, steps = (3, 4) if args.quick else (9, 10)
 
   ours, flops = make_ours()
@@ -80,6 +87,7 @@ def main() -> None:
       "ratio_to_torch_best": mine / best,
       "matmul_peak_gflops": peak / 1e9,
       "share_of_peak": mine / (B * L) * flops / peak,
+      "huge_pages": not args.small_pages,
       "rounds": rounds,
       "steps_a_round": steps,
     },

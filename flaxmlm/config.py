@@ -26,6 +26,9 @@ from ml_collections import ConfigDict
 
 from flaxmlm import InputError
 
+# It has a mapping's methods without saying so; `Mapping` in signatures holds it.
+Mapping.register(ConfigDict)
+
 
 class Key(NamedTuple):
   """One config key. `kind` is a type, or "strings" / "floats" for tuples."""
@@ -158,7 +161,7 @@ def to_flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Returns `{"group.key": value}` of a config or of nested dicts."""
   values: dict[str, Any] = {}
   for name, value in config.items():
-    if isinstance(value, (Mapping, ConfigDict)):
+    if isinstance(value, Mapping):
       values |= to_flat(value, f"{prefix}{name}.")
     else:
       values[prefix + name] = value

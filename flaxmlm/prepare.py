@@ -1,4 +1,4 @@
-"""Makes a token store out of text: cleans, tokenizes, splits, de-duplicates.
+r"""Makes a token store out of text: cleans, tokenizes, splits, de-duplicates.
 
   python -m flaxmlm.prepare --config=configs/bert_mini.py --out=stores/novels \
     --config.data.source='novels/*.txt'
@@ -158,6 +158,7 @@ def prepare_store(
 
   say = print if progress else None
   with _explained(out), _started(partial, spec, say=say):
+    _check_outside(partial, config)
     final = os.path.join(partial, "store")
     folder = os.path.join(final, "tokenizer")
     if not os.path.isdir(folder):
@@ -379,8 +380,10 @@ def print_summary(facts: Mapping[str, Any]) -> None:
 def print_dry_run(config: ConfigDict) -> None:
   """Prints the first ten documents before and after cleaning."""
   from flaxmlm.data.cleaning import clean
+  from flaxmlm.data.sources import BadRecords
 
-  for document in itertools.islice(_documents(config), 10):
+  bad = BadRecords()
+  for document in itertools.islice(_documents(config, bad), 10):
     counts: Counter[str] = Counter()
     text = clean(document.text, config.data.cleaning, counts)
     steps = ", ".join(counts) or "nothing"
@@ -395,6 +398,8 @@ def print_dry_run(config: ConfigDict) -> None:
     begin = max(first - 20, 0)
     print(f"  before: {document.text[begin : begin + 70]!r}")
     print(f"  after:  {text[begin : begin + 70]!r}")
+  for message in _bad_lines(bad):
+    print(message)
 
 
 # Steps of prepare_store, in order.
@@ -502,6 +507,22 @@ def _first_validation_source(config: ConfigDict) -> int | None:
   if config.data.validation_source is None:
     return None
   return len(config_lib.as_tuple(config.data.source))
+
+
+def _check_outside(partial: str, config: ConfigDict) -> None:
+  """Raises InputError if a source takes what we write for text."""
+  from flaxmlm.data import sources
+
+  specs = config_lib.as_tuple(config.data.source)
+  specs += config_lib.as_tuple(config.data.validation_source or ())
+  ours = os.path.join(os.path.realpath(partial), "")
+  for spec in specs:
+    if any(os.path.realpath(p).startswith(ours) for p in sources.files([spec])):
+      shutil.rmtree(partial, ignore_errors=True)
+      raise InputError(
+        f"{partial}: is inside of the source {spec} and would be read as text;"
+        " use an --out or --workdir elsewhere"
+      )
 
 
 def _total_bytes(config: ConfigDict) -> int | None:

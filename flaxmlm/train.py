@@ -7,14 +7,16 @@ goes on where the run stopped.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
+from flaxmlm.training import memory
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
   began = time.perf_counter()
   args, c = config.parse(config.parser(__doc__), argv)
   workdir = os.path.abspath(args.workdir)
-  claim_workdir(workdir, c)
+  lock = claim_workdir(workdir, c)
 
   # Text to token store, before JAX takes threads and memory.
   store, plans, validation = open_data(c, workdir)
@@ -40,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
   tokenizer.save(os.path.join(workdir, "tokenizer"))
   if validation.rows == 0:
     raise InputError(
-      "no validation document; raise data.validation_fraction="
-      f"{c.data.validation_fraction} or name a data.validation_source"
+      f"{store.folder} has no validation document; make another store with a"
+      " data.validation_fraction above 0 or a data.validation_source"
     )
 
   import jax
@@ -199,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
       cost=loop.Cost(tokens=B * L, flops=flops, peak=peak),
     )
   checkpointer.close()
+  lock.close()
 
   # The page, and what to do next.
   after = guesses(state.params)
@@ -225,15 +228,30 @@ def main(argv: list[str] | None = None) -> None:
   print(f"  python -m flaxmlm.fill_mask --workdir={args.workdir}")
 
 
-def claim_workdir(workdir: str, c: ConfigDict) -> None:
+def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
   """Writes the config into the workdir, unless a run of another is there.
 
   A workdir without a checkpoint has nothing to lose: its config is replaced.
 
+  Returns:
+    An open file that holds the lock on the workdir: until it is closed or this
+    process ends, nobody else can claim it.
+
   Raises:
-    InputError: The run that is there was made with another config, or the
-      folder can't be made.
+    InputError: Another process trains there, the run that is there was made
+      with another config, or the folder can't be made.
   """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    lock = open(os.path.join(workdir, "lock"), "wb")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise InputError(
+      f"{workdir}: another process trains there; wait for it, or take another"
+      " --workdir"
+    ) from error
+  except OSError as error:
+    raise InputError(f"--workdir={workdir}: {error.strerror}") from error
   path = os.path.join(workdir, "config.json")
   if os.path.exists(path) and has_checkpoint(workdir):
     changed = [
@@ -247,10 +265,10 @@ def claim_workdir(workdir: str, c: ConfigDict) -> None:
         " these back, or another --workdir"
       )
   try:
-    os.makedirs(workdir, exist_ok=True)
     write_text(path, config.to_json(c))
   except OSError as error:
     raise InputError(f"--workdir={workdir}: {error.strerror}") from error
+  return lock
 
 
 def claim_store(workdir: str, store: TokenStore) -> None:
@@ -336,4 +354,5 @@ def open_data(
 
 
 if __name__ == "__main__":
+  memory.use_huge_pages()
   config.run(main)

@@ -475,6 +475,28 @@ def test_the_program(corpus, tmp_path):
   assert "tokenizer.kind: 'unigram' -> 'bpe'" in refused.stderr
 
 
+def test_a_store_inside_of_its_source_is_refused(tmp_path):
+  (tmp_path / "a.txt").write_text("one text of some length " * 20)
+  done = run_program(
+    f"--config.data.source={tmp_path}", f"--out={tmp_path / 'store'}"
+  )
+  assert done.returncode == 2
+  assert "would be read as text" in done.stderr
+  assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_dry_run_says_what_it_left_out(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{\n')
+  (tmp_path / "b.pdf").write_text("what is it?")
+  out = run_program(
+    f"--config.data.source={tmp_path}",
+    "--config.data.on_bad_record=skip",
+    "--dry_run",
+  ).stdout
+  assert "1 bad records skipped" in out and "a.jsonl:2" in out
+  assert "b.pdf" in out
+
+
 def test_rows_of_real_text_are_full(tmp_path):
   path = DATA / "c4_mini" / "train.jsonl"
   if not path.exists():

@@ -1,5 +1,6 @@
 """The programs as people run them: the quickstart, shortened, to its end."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from conftest import ROOT
 
 import flaxmlm
 from flaxmlm import InputError
+from flaxmlm.models import Inputs
 
 STEPS = 60
 SHORT = [
@@ -201,6 +203,54 @@ def test_preview_shows_the_rows_of_the_run(run, tmp_path):
       if weight:
         back[slot] = target
     assert back == row["original_ids"]
+
+
+def test_the_previewed_rows_give_the_losses_that_training_logs(run, tmp_path):
+  # At a learning rate of 0 the parameters stay those that are saved.
+  workdir, path = tmp_path / "still", tmp_path / "rows.jsonl"
+  program(
+    "train",
+    "--config=configs/quickstart.py",
+    f"--workdir={workdir}",
+    f"--config.data.store={run}/store",
+    "--config.train.steps=3",
+    "--config.log.every=1",
+    "--config.eval.rows=32",
+    "--config.optimizer.warmup_steps=0",
+    "--config.optimizer.peak_lr=0",
+    "--config.optimizer.muon_peak_lr=0",
+  )
+  program("preview", f"--workdir={workdir}", "--steps=0:3", f"--json={path}")
+  m = flaxmlm.load(str(workdir))
+  rows = lines(path)
+  logged = lines(workdir / "metrics.jsonl")
+  for line in logged[1:-1]:
+    shown = [row for row in rows if row["step"] == line["step"] - 1]
+    ids, segments, positions, slots, targets, weights = (
+      np.array([row[name] for row in shown])
+      for name in (
+        *("input_ids", "segments", "positions"),
+        *("slots", "targets", "weights"),
+      )
+    )
+    hidden = m.model.encode(
+      m.params, Inputs(ids, segments, positions, np.zeros_like(ids)), None
+    )
+    hidden = np.take_along_axis(np.asarray(hidden), slots[..., None], axis=1)
+    logits = np.asarray(m.model.predict(m.params, hidden), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    want = (nll * weights).sum() / weights.sum()
+    np.testing.assert_allclose(line["train/loss"], want, rtol=1e-5)
+  assert len({line["train/loss"] for line in logged[1:-1]}) == 3
+
+
+def test_a_second_process_on_the_same_workdir_is_refused(run):
+  with open(run / "lock", "wb") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    error = program("train", *SHORT, f"--workdir={run}", code=2)
+  assert "another process trains there" in error
 
 
 def test_fill_mask_on_the_command_line_and_in_python(run, tmp_path):

@@ -10,7 +10,7 @@ from flaxmlm.objectives import Batch
 from flaxmlm.training import optimizers, sharding
 from flaxmlm.training.step import make_init, make_train_step, row_keys
 
-V, L, B = 96, 32, 8
+V, L, B = 96, 32, 32
 SPECIALS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 
 
@@ -96,6 +96,8 @@ def one_device() -> np.ndarray:
     pytest.param(1, 2, {}, marks=pytest.mark.slow),
     pytest.param(2, 1, {}, marks=pytest.mark.slow),
     pytest.param(2, 4, {}, marks=pytest.mark.slow),
+    pytest.param(8, 2, {}, marks=pytest.mark.slow),
+    pytest.param(8, 4, {}, marks=pytest.mark.slow),
     pytest.param(2, 2, {"fsdp": 2}, marks=pytest.mark.slow),
     pytest.param(8, 1, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
   ],
@@ -112,6 +114,15 @@ def test_losses_are_the_same_on_any_mesh(
   # Sums in another order: the worst measured over these meshes was 4e-6.
   np.testing.assert_allclose(got, one_device, rtol=2e-5)
   assert one_device[-1] < one_device[0] - 0.1
+
+
+@pytest.mark.slow
+def test_muon_is_the_same_on_any_mesh():
+  c = tiny(optimizer__name="muon")
+  want = losses(c, 1)
+  for devices, axes in ((2, {"fsdp": 2}), (4, {"fsdp": 2, "tensor": 2})):
+    got = losses(c, devices, **axes)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 def test_masks_are_the_same_bit_for_bit_on_any_mesh():
@@ -202,7 +213,7 @@ def test_one_layer_over_fits_eight_rows():
   c = tiny(train__steps=400, optimizer__schedule="constant")
   mesh, _, objective, init, train_step = parts(c, 1)
   state, key = init(jax.random.key(0)), jax.random.key(1)
-  rows = sharding.put_rows(mesh, batch(0))
+  rows = sharding.put_rows(mesh, Batch(*(x[:8] for x in batch(0))))
   for _ in range(400):
     # Always the masks of step 0.
     state = state._replace(step=jnp.zeros_like(state.step))

@@ -113,7 +113,7 @@ def ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
   return result
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray | np.uint64) -> np.ndarray:
   """Hashes uint64 to uint64, one to one: the finaliser of SplitMix64.
 
   Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014.

@@ -23,7 +23,7 @@ def open_folder(directory: str, *, keep: int) -> ocp.training.Checkpointer:
     directory: The folder; remains of a save that was killed are removed.
     keep: Newest checkpoints to keep; older ones go once a newer is whole.
   """
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  _quiet()
   return ocp.training.Checkpointer(
     directory,
     save_decision_policy=ocp.training.save_decision_policies.InitialSavePolicy(),
@@ -67,6 +67,7 @@ def restore_params(directory: str, shapes: Params) -> tuple[int, Params]:
   Raises:
     InputError: There is no checkpoint.
   """
+  _quiet()
   latest = None
   if os.path.isdir(directory):
     with ocp.training.Checkpointer(directory) as checkpointer:
@@ -78,3 +79,8 @@ def restore_params(directory: str, shapes: Params) -> tuple[int, Params]:
   with context:
     loaded = ocp.load(latest.path, {"params": shapes})
   return latest.step, loaded["params"]
+
+
+def _quiet() -> None:
+  """Keeps from the terminal what Orbax tells of each file that it touches."""
+  logging.getLogger("absl").setLevel(logging.ERROR)
