@@ -138,7 +138,7 @@ def test_weights_are_shares_of_the_rows(made):
   texts = [set(), set(), set()]
   for source, ids, _ in contents(made.train):
     texts[source] |= {tuple(ids[i : i + 30]) for i in range(0, len(ids), 30)}
-  weights = (5, 1, 2)
+  weights = (5.0, 1.0, 2.0)
   counts = np.zeros(3)
   for step in range(16):
     batch = batches.at(
@@ -203,7 +203,7 @@ def test_a_kept_plan_is_the_plan(made):
 def test_a_source_without_rows_is_refused(made):
   plans = [rows.load(made, "train", 32, source=s) for s in (0, 3)]
   with pytest.raises(InputError, match="source 1 of data.source has no train"):
-    batches.at(made, plans, seed=0, step=0, batch_size=4, weights=(1, 1))
+    batches.at(made, plans, seed=0, step=0, batch_size=4, weights=(1.0, 1.0))
 
 
 def test_hosts_that_do_not_divide_the_batch_are_refused(made):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flaxmlm import objectives
+from flaxmlm.models import Model
 from flaxmlm.objectives import Batch, masked
 from flaxmlm.training.step import row_keys
 
@@ -162,14 +163,13 @@ def test_loss_is_the_cross_entropy_of_the_used_slots():
   M = example.slots.shape[1]
   logits = random.normal(size=(8, M, V)).astype(np.float32)
 
-  class Fake:
-    def encode(self, params, inputs, keys):
-      return jnp.zeros((8, L, 1))
-
-    def predict(self, params, hidden):
-      return jnp.asarray(logits)
-
-  sums = masked.loss(Fake(), {}, example, None)
+  model = Model(
+    init=lambda key: {},
+    encode=lambda params, inputs, keys: jnp.zeros((8, L, 1)),
+    predict=lambda params, hidden: jnp.asarray(logits),
+    flops=lambda row_length, slots: 0.0,
+  )
+  sums = masked.loss(model, {}, example, None)
   x = logits.astype(np.float64)
   p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
   nll = correct = 0.0

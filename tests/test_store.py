@@ -153,7 +153,7 @@ def test_where_no_document_falls_into_validation_the_smallest_does(tmp_path):
   # Not if that leaves nothing to train on, nor if none is asked for.
   copies = make_store(tmp_path / "one", documents[:1] * 2, fraction=1e-9)
   assert len(copies.validation.ids) == 0
-  none = make_store(tmp_path / "none", documents, fraction=0)
+  none = make_store(tmp_path / "none", documents, fraction=0.0)
   assert len(none.validation.ids) == 0
 
 

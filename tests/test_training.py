@@ -147,9 +147,9 @@ def test_gradient_is_that_of_the_formula_in_float64():
   c = tiny(optimizer__clip_norm=None)
   mesh, model, objective, init, _ = parts(c, 1)
   state = init(jax.random.key(0))
-  rows = batch(0)
+  rows = Batch(*map(jnp.asarray, batch(0)))
   keys, _ = row_keys(jax.random.key(1), jnp.int32(0), rows.example)
-  example = objective.corrupt(keys, Batch(*map(jnp.asarray, rows)))
+  example = objective.corrupt(keys, rows)
 
   def ours(params):
     sums = objective.loss(model, params, example, None)

@@ -80,7 +80,8 @@ class LoadedModel:
     """Returns the likeliest tokens for each [MASK], as Hugging Face does.
 
     Args:
-      texts: A text, or several; each holds at least one `[MASK]`.
+      texts: A text, or several; each holds at least one `[MASK]`, or what the
+        vocabulary calls it (`<mask>`).
       top_k: How many tokens.
 
     Returns:
@@ -113,9 +114,9 @@ class LoadedModel:
     vocab, shown = self.tokenizer.vocab, text[:40]
     if not text.strip():
       raise InputError(f"fill_mask: empty text; write one with a {MASK}")
-    if MASK not in text:
-      raise InputError(f"fill_mask: no {MASK} in {shown!r}")
     ids = self.tokenizer.encode(text)
+    if vocab.mask not in ids:
+      raise InputError(f"fill_mask: no {MASK} in {shown!r}")
     if len(ids) + 2 > self.max_length:
       raise InputError(
         f"fill_mask: {shown!r}… has {len(ids)} tokens; at most"
