@@ -15,7 +15,8 @@ FLOORS = {
   "models": set(),
   "objectives": {"models"},
   "training": {"models", "objectives"},
-  "inference": {"tokenizers", "models", "objectives", "training"},
+  "interop": {"models"},
+  "inference": {"tokenizers", "models", "objectives", "training", "interop"},
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}
 PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask"]

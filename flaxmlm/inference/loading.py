@@ -1,4 +1,4 @@
-"""A trained model with its tokenizer, as `flaxmlm.load(folder)` returns it."""
+"""A model with its tokenizer, as `flaxmlm.load(folder)` returns it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flaxmlm import InputError, models, tokenizers
+from flaxmlm.interop import huggingface
 from flaxmlm.models import Inputs, Model
 from flaxmlm.models.model import Params
 from flaxmlm.tokenizers import Tokenizer
@@ -29,18 +30,28 @@ class LoadedModel:
   """A model with its parameters, its tokenizer and the config of its run.
 
   Attributes:
-    config: The run's config, as nested dicts.
-    step: Training steps that the parameters have seen.
+    tokenizer: None for a Hugging Face folder that has none.
+    config: The run's config, as nested dicts; of a Hugging Face folder the
+      `model` keys.
+    step: Training steps that the parameters have seen; of a Hugging Face folder
+      it isn't known, and is 0.
     max_length: Longest text, in tokens with [CLS] and [SEP]: the row length of
-      the training, for positions beyond it were never learnt.
+      the training, for positions beyond it were never learnt; of a Hugging Face
+      folder what the model has positions for.
+    vocab_size: V of the model. A tokenizer may have fewer.
+    pad: The id of padding.
+    unused: Tensors of a Hugging Face folder that no part of the model took.
   """
 
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | None
   config: dict[str, Any]
   step: int
   max_length: int
+  vocab_size: int
+  pad: int
   model: Model
   params: Params
+  unused: tuple[str, ...] = ()
 
   def encode(
     self,
@@ -70,8 +81,10 @@ class LoadedModel:
   ) -> Float[np.ndarray, "B L V"]:
     """Returns the masked-language-model logits at every token, float32.
 
-    Arguments and errors are those of `encode`.
+    Arguments and errors are those of `encode`; a folder without an MLM head has
+    no logits either.
     """
+    self._need_head("logits")
     return self._run(_logits, input_ids, attention_mask, token_type_ids)
 
   def fill_mask(
@@ -96,6 +109,9 @@ class LoadedModel:
     """
     single = isinstance(texts, str)
     texts = [texts] if isinstance(texts, str) else list(texts)
+    self._need_head("fill_mask")
+    if self.tokenizer is None:
+      raise InputError("fill_mask: the folder has no tokenizer; put one there")
     vocab = self.tokenizer.vocab
     if not 1 <= top_k <= vocab.size:
       raise InputError(f"top_k={top_k}: wants 1 to {vocab.size}")
@@ -109,6 +125,10 @@ class LoadedModel:
       for row, scores in zip(part, logits, strict=True):
         results.append(self._fill(row, scores, top_k))
     return results[0] if single else results
+
+  def _need_head(self, name: str) -> None:
+    if "mlm" not in self.params:
+      raise InputError(f"{name}: the folder has an encoder, but no MLM head")
 
   def _with_masks(self, text: str) -> np.ndarray:
     vocab, shown = self.tokenizer.vocab, text[:40]
@@ -164,12 +184,13 @@ class LoadedModel:
         f"input_ids: rows of {L} tokens; the model has"
         f" {options['max_positions']} positions"
       )
-    size = self.tokenizer.vocab.size
+    size = self.vocab_size
     if ids.min() < 0 or ids.max() >= size:
       raise InputError(f"input_ids: outside of the vocabulary 0 … {size - 1}")
+    most_type = max(self.model.token_types - 1, 0)
     for name, array, most in (
       ("attention_mask", valid, 1),
-      ("token_type_ids", types, options["segment_types"] - 1),
+      ("token_type_ids", types, most_type),
     ):
       if np.min(array) < 0 or np.max(array) > most:
         raise InputError(f"{name}: wants 0 to {most}")
@@ -180,7 +201,7 @@ class LoadedModel:
     inputs = Inputs(
       ids=jnp.asarray(np.pad(ids, space)),
       segments=jnp.asarray(np.pad(np.asarray(valid, np.int32), space)),
-      positions=jnp.broadcast_to(jnp.arange(length), (rows, length)),
+      positions=jnp.asarray(np.pad(self._positions(ids), space)),
       token_types=jnp.asarray(np.pad(np.asarray(types, np.int32), space)),
     )
     if slots is None:
@@ -188,6 +209,14 @@ class LoadedModel:
     most = 1 << (slots.shape[1] - 1).bit_length()
     slots = np.pad(slots, ((0, rows - B), (0, most - slots.shape[1])))
     return np.asarray(function(self.model, self.params, inputs, slots)[:B])
+
+
+  def _positions(self, ids: np.ndarray) -> np.ndarray:
+    """Returns int32 [B L]: from 0; see `Model.skips_padding`."""
+    if not self.model.skips_padding:
+      return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    valid = ids != self.pad
+    return np.where(valid, np.cumsum(valid, axis=1) - 1, -1).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -219,17 +248,25 @@ def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
 
 
 def load(folder: str) -> LoadedModel:
-  """Loads a trained model from a workdir.
+  """Loads a model from the workdir of a run or from a Hugging Face folder.
 
   Args:
-    folder: Workdir of a `train` run: its newest checkpoint is taken.
+    folder: Workdir of a `train` run: its newest checkpoint is taken. Or a
+      folder with Hugging Face's config.json and model.safetensors, of a family
+      in `interop.huggingface.FAMILIES`.
 
   Raises:
-    InputError: The folder is none, or has no checkpoint.
+    InputError: The folder is none of these, has no checkpoint, or asks for
+      something that we don't have.
   """
   path = os.path.join(folder, "config.json")
   if not os.path.isfile(path):
-    raise InputError(f"{folder}: no workdir of a run (no config.json there)")
+    raise InputError(
+      f"{folder}: neither a workdir of a run nor a Hugging Face folder (no"
+      " config.json there)"
+    )
+  if huggingface.is_folder(folder):
+    return _load_huggingface(folder)
   with open(path, encoding="utf-8") as file:
     config = json.load(file)
   tokenizer = tokenizers.load(os.path.join(folder, "tokenizer"))
@@ -250,6 +287,32 @@ def load(folder: str) -> LoadedModel:
     config=config,
     step=step,
     max_length=config["data"]["row_length"],
+    vocab_size=tokenizer.vocab.size,
+    pad=tokenizer.vocab.pad,
     model=model,
     params=params,
+  )
+
+
+def _load_huggingface(folder: str) -> LoadedModel:
+  found = huggingface.load(folder)
+  tokenizer = None
+  if tokenizers.has_tokenizer(folder):
+    tokenizer = tokenizers.load(folder)
+    if tokenizer.vocab.size > found.vocab_size:
+      raise InputError(
+        f"{folder}: the tokenizer has {tokenizer.vocab.size} tokens"
+        f" (added: {', '.join(tokenizer.added) or 'none'}), the model"
+        f" {found.vocab_size}"
+      )
+  return LoadedModel(
+    tokenizer=tokenizer,
+    config={"model": found.options},
+    step=0,
+    max_length=found.options["max_positions"],
+    vocab_size=found.vocab_size,
+    pad=found.pad,
+    model=found.model,
+    params=jax.tree.map(jnp.asarray, found.params),
+    unused=tuple(found.left),
   )

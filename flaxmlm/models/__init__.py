@@ -6,12 +6,26 @@ above this folder sees Flax.
 
 from __future__ import annotations
 
-from flaxmlm.models import bert
+from flaxmlm.models import (
+  albert,
+  bert,
+  distilbert,
+  electra,
+  modernbert,
+  roberta,
+)
 from flaxmlm.models.model import Inputs, Model
 
 __all__ = ["MODELS", "Inputs", "Model", "build"]
 
-MODELS = {"bert": bert.build}
+MODELS = {
+  "albert": albert.build,
+  "bert": bert.build,
+  "distilbert": distilbert.build,
+  "electra": electra.build,
+  "modernbert": modernbert.build,
+  "roberta": roberta.build,
+}
 
 
 def build(options, *, vocab_size: int, dtype: str) -> Model:

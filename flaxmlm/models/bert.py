@@ -1,59 +1,69 @@
 """BERT (Devlin et al., 2018), as google-research/bert has it.
 
 Post-LayerNorm, learned positions, segment embeddings, erf GELU. The pooler is
-no part of the encoder.
+no part of the encoder. Its relatives are made of the modules here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flaxmlm.models.attention import attend
 from flaxmlm.models.heads import MaskedLanguageModelHead
-from flaxmlm.models.layers import Dtype, dense, dropout, gelu, layer_norm
-from flaxmlm.models.model import Inputs, Model, Params
+from flaxmlm.models.layers import (
+  ACTIVATIONS,
+  Dtype,
+  dense,
+  dropout,
+  layer_norm,
+)
+from flaxmlm.models.model import Inputs, Model, assemble
 
 
 class Embeddings(nn.Module):
-  """Sum of word, position and segment embeddings; LayerNorm; dropout."""
+  """Sum of word, position and segment embeddings; LayerNorm; dropout.
+
+  `first_position` is the row of the position table that position 0 has. With
+  no segment types, there is no table of them.
+  """
 
   vocab_size: int
   options: Mapping[str, Any]
   dtype: Dtype
+  first_position: int = 0
 
   @nn.compact
   def __call__(
     self, inputs: Inputs, dropout_keys: Key[Array, " B"] | None
-  ) -> Float[Array, "T D"]:
+  ) -> Float[Array, "T E"]:
     """Embeds the rows, flattened to T = B·L tokens."""
     o = self.options
+    width = o["embedding_size"] or o["width"]
+    first = self.first_position
 
     def embed(name: str, size: int, index: Array) -> Array:
       init = nn.initializers.truncated_normal(o["init_stddev"])
-      table = nn.Embed(size, o["width"], embedding_init=init, name=name)
+      table = nn.Embed(size, width, embedding_init=init, name=name)
       return table(index.reshape(-1))
 
-    x = (
-      embed("word", self.vocab_size, inputs.ids)
-      + embed("position", o["max_positions"], inputs.positions)
-      + embed("token_type", o["segment_types"], inputs.token_types)
-    )
+    x = embed("word", self.vocab_size, inputs.ids)
+    positions = inputs.positions + first
+    x += embed("position", o["max_positions"] + first, positions)
+    if o["segment_types"]:
+      x += embed("token_type", o["segment_types"], inputs.token_types)
     x = layer_norm(o["norm_eps"], self.dtype, name="norm")(x)
     return dropout(x, dropout_keys, o["dropout"], site=0)
 
 
 class Layer(nn.Module):
-  """One encoder layer; `number` counts from 0 and addresses its dropout."""
+  """One encoder layer."""
 
   options: Mapping[str, Any]
   dtype: Dtype
-  number: int
 
   @nn.compact
   def __call__(
@@ -61,12 +71,16 @@ class Layer(nn.Module):
     x: Float[Array, "T D"],
     inputs: Inputs,
     dropout_keys: Key[Array, " B"] | None,
+    number: int,
   ) -> Float[Array, "T D"]:
-    """Attention and feed-forward, each added to its input, then normed."""
+    """Attention and feed-forward, each added to its input, then normed.
+
+    `number` counts the layers from 0 and addresses their dropout.
+    """
     o = self.options
     B, L = inputs.ids.shape
     H, K = o["heads"], o["width"] // o["heads"]
-    site = 1 + 3 * self.number
+    site = 1 + 3 * number
 
     def linear(name: str, features: int, x: Array) -> Array:
       return dense(features, o["init_stddev"], self.dtype, name=name)(x)
@@ -86,30 +100,39 @@ class Layer(nn.Module):
     mixed = linear("attention_output", o["width"], mixed)
     mixed = dropout(mixed, dropout_keys, o["dropout"], site + 1)
     x = norm("attention_norm", x + mixed)
-    inner = gelu(linear("intermediate", o["ffn"], x))
+    inner = ACTIVATIONS[o["hidden_act"]](linear("intermediate", o["ffn"], x))
     outer = linear("output", o["width"], inner)
     outer = dropout(outer, dropout_keys, o["dropout"], site + 2)
     return norm("output_norm", x + outer)
 
 
 class Encoder(nn.Module):
-  """Embeddings and N layers."""
+  """Embeddings, as wide as the hidden states by a matrix if need be, N layers.
+
+  `first_position`: see `Embeddings`.
+  """
 
   vocab_size: int
   options: Mapping[str, Any]
   dtype: Dtype
+  first_position: int = 0
 
   @nn.compact
   def __call__(
     self, inputs: Inputs, dropout_keys: Key[Array, " B"] | None = None
   ) -> Float[Array, "B L D"]:
     """Returns the hidden states of the last layer."""
-    x = Embeddings(
-      self.vocab_size, self.options, self.dtype, name="embeddings"
-    )(inputs, dropout_keys)
-    for number in range(self.options["layers"]):
-      layer = Layer(self.options, self.dtype, number, name=f"layer_{number}")
-      x = layer(x, inputs, dropout_keys)
+    o = self.options
+    embeddings = Embeddings(
+      self.vocab_size, o, self.dtype, self.first_position, name="embeddings"
+    )
+    x = embeddings(inputs, dropout_keys)
+    if x.shape[-1] != o["width"]:
+      project = dense(o["width"], o["init_stddev"], self.dtype, name="project")
+      x = project(x)
+    for number in range(o["layers"]):
+      layer = Layer(o, self.dtype, name=f"layer_{number}")
+      x = layer(x, inputs, dropout_keys, number)
     return x.reshape(*inputs.ids.shape, -1)
 
 
@@ -117,42 +140,54 @@ def build(
   options: Mapping[str, Any], *, vocab_size: int, dtype: Dtype
 ) -> Model:
   """Returns BERT with the dimensions in `options` (the `model` keys)."""
-  options = nn.FrozenDict(options)
-  encoder = Encoder(vocab_size, options, dtype)
-  head = MaskedLanguageModelHead(
-    vocab_size, options["norm_eps"], options["init_stddev"], dtype
+  o = with_defaults(options, segment_types=2)
+  return assemble(
+    Encoder(vocab_size, o, dtype),
+    make_head(o, vocab_size, dtype, activation=o["hidden_act"]),
+    vocab_size=vocab_size,
+    flops=make_flops(o, vocab_size),
+    token_types=o["segment_types"],
   )
 
-  def init(key: Key[Array, ""]) -> Params:
-    encoder_key, mlm_key = jax.random.split(key)
-    row = jnp.zeros((1, 1), jnp.int32)
-    encoder_params = encoder.init(encoder_key, Inputs(row, row, row, row))
-    hidden = jnp.zeros((1, options["width"]), dtype)
-    table = jnp.zeros((vocab_size, options["width"]), dtype)
-    mlm_params = head.init(mlm_key, hidden, table)
-    return {"encoder": encoder_params["params"], "mlm": mlm_params["params"]}
 
-  def encode(
-    params: Params,
-    inputs: Inputs,
-    dropout_keys: Key[Array, " B"] | None = None,
-  ) -> Float[Array, "B L D"]:
-    variables = {"params": params["encoder"]}
-    return encoder.apply(variables, inputs, dropout_keys)
+def with_defaults(
+  options: Mapping[str, Any], **defaults: Any
+) -> Mapping[str, Any]:
+  """Returns options in which None stands for a family's own value."""
+  given = dict(options.items())
+  for name, value in defaults.items():
+    if given[name] is None:
+      given[name] = value
+  return nn.FrozenDict(given)
 
-  def predict(
-    params: Params, hidden: Float[Array, "B M D"]
-  ) -> Float[Array, "B M V"]:
-    table = params["encoder"]["embeddings"]["word"]["embedding"]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = head.apply({"params": params["mlm"]}, flat, table)
-    return logits.reshape(*hidden.shape[:-1], vocab_size)
+
+def make_head(
+  options: Mapping[str, Any], vocab_size: int, dtype: Dtype, *, activation: str
+) -> MaskedLanguageModelHead:
+  """Returns the MLM head that goes with the options."""
+  return MaskedLanguageModelHead(
+    vocab_size,
+    options["norm_eps"],
+    options["init_stddev"],
+    dtype,
+    activation=activation,
+    tied=options["tie_word_embeddings"],
+  )
+
+
+def make_flops(
+  options: Mapping[str, Any], vocab_size: int
+) -> Callable[[int, int], float]:
+  """Returns `Model.flops` of N layers like `Layer`."""
+  D, F = options["width"], options["ffn"]
+  E = options["embedding_size"] or D
 
   def flops(row_length: int, slots: int) -> float:
-    L, M, D, F = row_length, slots, options["width"], options["ffn"]
+    L, M = row_length, slots
     layer = L * (4 * D * D + 2 * D * F) + 2 * L * L * D
-    multiplies = options["layers"] * layer + M * (D * D + D * vocab_size)
+    multiplies = options["layers"] * layer + M * (D * E + E * vocab_size)
+    multiplies += L * E * D * (E != D)
     # Two FLOPs a multiply-add; the backward pass costs twice the forward.
     return 2.0 * 3.0 * multiplies
 
-  return Model(init, encode, predict, flops)
+  return flops

@@ -6,26 +6,46 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flaxmlm.models.layers import Dtype, dense, gelu, layer_norm
+from flaxmlm.models.layers import ACTIVATIONS, Dtype, dense, layer_norm
 
 
 class MaskedLanguageModelHead(nn.Module):
-  """BERT's MLM head: transform, GELU, LayerNorm, tied decoder and bias."""
+  """BERT's MLM head: transform, activation, LayerNorm, decoder and bias.
+
+  The transform is as wide as the embeddings (ALBERT's and ELECTRA's are
+  narrower than the hidden states), which the decoder is tied to, unless it is a
+  matrix of its own.
+  """
 
   vocab_size: int
   eps: float
   stddev: float
   dtype: Dtype
+  activation: str = "gelu"
+  transform_bias: bool = True
+  norm_bias: bool = True
+  tied: bool = True
 
   @nn.compact
   def __call__(
     self, hidden: Float[Array, "T D"], table: Float[Array, "V D"]
   ) -> Float[Array, "T V"]:
     """Returns logits; `table` is the word embedding, tied to the decoder."""
-    width = hidden.shape[-1]
-    x = gelu(dense(width, self.stddev, self.dtype, name="transform")(hidden))
-    x = layer_norm(self.eps, self.dtype, name="norm")(x)
+    transform = dense(
+      table.shape[1],
+      self.stddev,
+      self.dtype,
+      use_bias=self.transform_bias,
+      name="transform",
+    )
+    x = ACTIVATIONS[self.activation](transform(hidden))
+    x = layer_norm(self.eps, self.dtype, use_bias=self.norm_bias, name="norm")(
+      x
+    )
     bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
+    if not self.tied:
+      init = nn.initializers.truncated_normal(self.stddev)
+      table = self.param("decoder", init, table.shape)
     return jnp.einsum("td,vd->tv", x, table.astype(x.dtype)) + bias.astype(
       x.dtype
     )

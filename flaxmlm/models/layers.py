@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,12 @@ Dtype = str
 
 
 def dense(
-  features: int, stddev: float, dtype: Dtype, *, name: str | None = None
+  features: int,
+  stddev: float,
+  dtype: Dtype,
+  *,
+  use_bias: bool = True,
+  name: str | None = None,
 ) -> nn.Dense:
   """Returns BERT's linear layer: truncated-normal kernel, zero bias.
 
@@ -20,22 +28,34 @@ def dense(
   """
   return nn.Dense(
     features,
+    use_bias=use_bias,
     dtype=dtype,
     kernel_init=nn.initializers.truncated_normal(stddev),
     name=name,
   )
 
 
-def layer_norm(eps: float, dtype: Dtype, *, name: str | None = None):
+def layer_norm(
+  eps: float, dtype: Dtype, *, use_bias: bool = True, name: str | None = None
+) -> nn.LayerNorm:
   """Returns a LayerNorm with float32 statistics."""
   return nn.LayerNorm(
-    epsilon=eps, dtype=dtype, use_fast_variance=False, name=name
+    epsilon=eps,
+    use_bias=use_bias,
+    dtype=dtype,
+    use_fast_variance=False,
+    name=name,
   )
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """The exact (erf) GELU of Hendrycks and Gimpel, 2016, section 2."""
-  return jax.nn.gelu(x, approximate=False)
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+}
+"""By Hugging Face's names: `gelu` is the exact one (erf), `gelu_new` the one by
+tanh; both of Hendrycks and Gimpel, 2016, section 2."""
 
 
 def dropout(

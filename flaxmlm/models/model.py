@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 Params = dict[str, Any]
@@ -42,6 +44,10 @@ class Model(NamedTuple):
     predict: `(params, hidden [B M D]) -> logits [B M V]`, in compute dtype.
     flops: `(row_length, slots) -> float`: model FLOPs of one row, forward and
       backward, counted as two a multiply-add.
+    token_types: How many values `Inputs.token_types` may take; 0 if the model
+      doesn't look at them.
+    skips_padding: Whether padding has no position of its own: tokens are
+      counted from 0 over what isn't [PAD], which itself stands at -1 (RoBERTa).
   """
 
   init: Callable[[Key[Array, ""]], Params]
@@ -50,6 +56,59 @@ class Model(NamedTuple):
   ]
   predict: Callable[[Params, Float[Array, "B M D"]], Float[Array, "B M V"]]
   flops: Callable[[int, int], float]
+  token_types: int
+  skips_padding: bool = False
+
+
+def assemble(
+  encoder: nn.Module,
+  head: nn.Module,
+  *,
+  vocab_size: int,
+  flops: Callable[[int, int], float],
+  token_types: int,
+  skips_padding: bool = False,
+) -> Model:
+  """Returns the model of two Flax modules.
+
+  Args:
+    encoder: `(inputs, dropout_keys) -> hidden [B L D]`, whose embeddings are
+      at `embeddings/word/embedding`.
+    head: `(hidden [T D], table [V E]) -> logits [T V]`.
+    vocab_size: V.
+    flops: See `Model`; so are the others.
+    token_types: See `Model`.
+    skips_padding: See `Model`.
+  """
+
+  def init(key: Key[Array, ""]) -> Params:
+    encoder_key, mlm_key = jax.random.split(key)
+    row = jnp.zeros((1, 1), jnp.int32)
+    inputs = Inputs(row, row, row, row)
+    hidden, variables = encoder.init_with_output(encoder_key, inputs, None)
+    params = {"encoder": variables["params"]}
+    mlm = head.init(mlm_key, hidden.reshape(1, -1), _table(params))
+    return params | {"mlm": mlm["params"]}
+
+  def encode(
+    params: Params,
+    inputs: Inputs,
+    dropout_keys: Key[Array, " B"] | None = None,
+  ) -> Float[Array, "B L D"]:
+    return encoder.apply({"params": params["encoder"]}, inputs, dropout_keys)
+
+  def predict(
+    params: Params, hidden: Float[Array, "B M D"]
+  ) -> Float[Array, "B M V"]:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = head.apply({"params": params["mlm"]}, flat, _table(params))
+    return logits.reshape(*hidden.shape[:-1], vocab_size)
+
+  return Model(init, encode, predict, flops, token_types, skips_padding)
+
+
+def _table(params: Params) -> Float[Array, "V E"]:
+  return params["encoder"]["embeddings"]["word"]["embedding"]
 
 
 def count_parameters(params: Params) -> int:

@@ -28,11 +28,13 @@ __all__ = [
   "Encoded",
   "Tokenizer",
   "Vocab",
+  "has_tokenizer",
   "load",
   "train",
 ]
 
 WORDS = ("whitespace", "jieba")
+_ENDINGS = ("tokenizer.json", ".model", "vocab.json", "vocab.txt")
 _FORMS = "*.model, *vocab.txt, tokenizer.json, or vocab.json with merges.txt"
 
 
@@ -100,6 +102,12 @@ def load(
   raise InputError(f"tokenizer.path={path}: wants {_FORMS}, or a folder of it")
 
 
+def has_tokenizer(folder: str) -> bool:
+  """Says whether there is a file of a tokenizer in a folder."""
+  names = os.listdir(folder)
+  return any(name.endswith(_ENDINGS) for name in names)
+
+
 def _find_in_folder(folder: str) -> str:
   """Returns the file of a folder to load.
 
@@ -107,7 +115,7 @@ def _find_in_folder(folder: str) -> str:
   model, the ids of the two may differ, and its are those of the weights.
   """
   names = sorted(os.listdir(folder))
-  for end in ("tokenizer.json", ".model", "vocab.json", "vocab.txt"):
+  for end in _ENDINGS:
     found = [name for name in names if name.endswith(end)]
     if len(found) > 1:
       raise InputError(

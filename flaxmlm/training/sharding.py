@@ -20,9 +20,11 @@ AXES = ("data", "fsdp", "tensor")
 RULES: tuple[tuple[str, P], ...] = (
   (r"word/embedding$", P("tensor", "fsdp")),
   (r"(position|token_type)/embedding$", P(None, "fsdp")),
-  (r"(query|key|value|intermediate)/kernel$", P("fsdp", "tensor")),
+  (r"(query|key|value|intermediate|gate)/kernel$", P("fsdp", "tensor")),
   (r"(query|key|value|intermediate)/bias$", P("tensor")),
   (r"(attention_output|output)/kernel$", P("tensor", "fsdp")),
+  (r"project/kernel$", P(None, "fsdp")),
+  (r"mlm/decoder$", P("tensor", "fsdp")),
   (r"mlm/transform/kernel$", P(None, "fsdp")),
   (r"mlm/bias$", P("tensor")),
 )
