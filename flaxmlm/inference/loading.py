@@ -210,7 +210,6 @@ class LoadedModel:
     slots = np.pad(slots, ((0, rows - B), (0, most - slots.shape[1])))
     return np.asarray(function(self.model, self.params, inputs, slots)[:B])
 
-
   def _positions(self, ids: np.ndarray) -> np.ndarray:
     """Returns int32 [B L]: from 0; see `Model.skips_padding`."""
     if not self.model.skips_padding:

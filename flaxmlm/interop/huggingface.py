@@ -48,22 +48,54 @@ class Family(NamedTuple):
   fixed: dict[str, Any]
 
 
+def _under(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
+  """Returns a table of modules with what stands before the names of both."""
+  return {ours + a: theirs + b for a, b in names.items()}
+
+
+_EMBEDDINGS = {
+  "word": "word_embeddings",
+  "position": "position_embeddings",
+  "token_type": "token_type_embeddings",
+  "norm": "LayerNorm",
+}
+_LAYER = {
+  "query": "attention.self.query",
+  "key": "attention.self.key",
+  "value": "attention.self.value",
+  "attention_output": "attention.output.dense",
+  "attention_norm": "attention.output.LayerNorm",
+  "intermediate": "intermediate.dense",
+  "output": "output.dense",
+  "output_norm": "output.LayerNorm",
+}
+_DISTILBERT_LAYER = {
+  "query": "attention.q_lin",
+  "key": "attention.k_lin",
+  "value": "attention.v_lin",
+  "attention_output": "attention.out_lin",
+  "attention_norm": "sa_layer_norm",
+  "intermediate": "ffn.lin1",
+  "output": "ffn.lin2",
+  "output_norm": "output_layer_norm",
+}
+_ALBERT_LAYER = {
+  "query": "attention.query",
+  "key": "attention.key",
+  "value": "attention.value",
+  "attention_output": "attention.dense",
+  "attention_norm": "attention.LayerNorm",
+  "intermediate": "ffn",
+  "output": "ffn_output",
+  "output_norm": "full_layer_layer_norm",
+}
+
+
 def _bert_like(prefix: str) -> dict[str, str]:
   layer = prefix + "encoder.layer.{n}."
-  return {
-    "encoder/embeddings/word": f"{prefix}embeddings.word_embeddings",
-    "encoder/embeddings/position": f"{prefix}embeddings.position_embeddings",
-    "encoder/embeddings/token_type": f"{prefix}embeddings.token_type_embeddings",
-    "encoder/embeddings/norm": f"{prefix}embeddings.LayerNorm",
-    "encoder/layer_{n}/query": f"{layer}attention.self.query",
-    "encoder/layer_{n}/key": f"{layer}attention.self.key",
-    "encoder/layer_{n}/value": f"{layer}attention.self.value",
-    "encoder/layer_{n}/attention_output": f"{layer}attention.output.dense",
-    "encoder/layer_{n}/attention_norm": f"{layer}attention.output.LayerNorm",
-    "encoder/layer_{n}/intermediate": f"{layer}intermediate.dense",
-    "encoder/layer_{n}/output": f"{layer}output.dense",
-    "encoder/layer_{n}/output_norm": f"{layer}output.LayerNorm",
-  }
+  return _under(
+    "encoder/embeddings/", f"{prefix}embeddings.", _EMBEDDINGS
+  ) | _under("encoder/layer_{n}/", layer, _LAYER)
 
 
 _BERT_KEYS: dict[str, tuple[str, Any]] = {
@@ -109,28 +141,18 @@ FAMILIES: dict[str, Family] = {
     bias="lm_head.bias",
     decoder="lm_head.decoder",
     keys=_BERT_KEYS,
-    fixed=_ENCODER | {"pad_token_id": 1},
+    fixed=_ENCODER,
   ),
   "distilbert": Family(
     architecture="DistilBertForMaskedLM",
     prefix="distilbert.",
-    modules={
-      "encoder/embeddings/word": "distilbert.embeddings.word_embeddings",
-      "encoder/embeddings/position": "distilbert.embeddings.position_embeddings",
-      "encoder/embeddings/norm": "distilbert.embeddings.LayerNorm",
-      **{
-        f"encoder/layer_{{n}}/{ours}": f"distilbert.transformer.layer.{{n}}.{its}"
-        for ours, its in {
-          "query": "attention.q_lin",
-          "key": "attention.k_lin",
-          "value": "attention.v_lin",
-          "attention_output": "attention.out_lin",
-          "attention_norm": "sa_layer_norm",
-          "intermediate": "ffn.lin1",
-          "output": "ffn.lin2",
-          "output_norm": "output_layer_norm",
-        }.items()
-      },
+    modules=_under("encoder/embeddings/", "distilbert.embeddings.", _EMBEDDINGS)
+    | _under(
+      "encoder/layer_{n}/",
+      "distilbert.transformer.layer.{n}.",
+      _DISTILBERT_LAYER,
+    )
+    | {
       "mlm/transform": "vocab_transform",
       "mlm/norm": "vocab_layer_norm",
     },
@@ -153,27 +175,14 @@ FAMILIES: dict[str, Family] = {
   "albert": Family(
     architecture="AlbertForMaskedLM",
     prefix="albert.",
-    modules={
-      "encoder/embeddings/word": "albert.embeddings.word_embeddings",
-      "encoder/embeddings/position": "albert.embeddings.position_embeddings",
-      "encoder/embeddings/token_type": "albert.embeddings.token_type_embeddings",
-      "encoder/embeddings/norm": "albert.embeddings.LayerNorm",
+    modules=_under("encoder/embeddings/", "albert.embeddings.", _EMBEDDINGS)
+    | _under(
+      "encoder/layer_{n}/",
+      "albert.encoder.albert_layer_groups.{g}.albert_layers.{p}.",
+      _ALBERT_LAYER,
+    )
+    | {
       "encoder/project": "albert.encoder.embedding_hidden_mapping_in",
-      **{
-        f"encoder/layer_{{n}}/{ours}": (
-          f"albert.encoder.albert_layer_groups.{{g}}.albert_layers.{{p}}.{its}"
-        )
-        for ours, its in {
-          "query": "attention.query",
-          "key": "attention.key",
-          "value": "attention.value",
-          "attention_output": "attention.dense",
-          "attention_norm": "attention.LayerNorm",
-          "intermediate": "ffn",
-          "output": "ffn_output",
-          "output_norm": "full_layer_layer_norm",
-        }.items()
-      },
       "mlm/transform": "predictions.dense",
       "mlm/norm": "predictions.LayerNorm",
     },
@@ -318,11 +327,11 @@ def load(path: str, *, dtype: str = "float32") -> Folder:
   model = models.build(options, vocab_size=vocab_size, dtype=dtype)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   tensors = read_tensors(path)
-  params, used = _take(tensors, shapes, family, options, path)
+  pad = theirs.get("pad_token_id", 1 if options["family"] == "roberta" else 0)
+  params, used = _take(tensors, shapes, family, options, path, pad or 0)
   left = [
     name for name in tensors if name not in used and not name.endswith(_BUFFERS)
   ]
-  pad = theirs.get("pad_token_id")
   return Folder(options, vocab_size, pad or 0, model, params, sorted(left))
 
 
@@ -353,7 +362,7 @@ def read_config(
   act = options["hidden_act"]
   options["hidden_act"] = _ACTIVATIONS.get(act, act)
   if name == "roberta":
-    options["max_positions"] -= 2
+    options["max_positions"] -= theirs.get("pad_token_id", 1) + 1
   if name == "modernbert":
     options |= _read_rope(theirs, options["layers"], where)
   return family, {"family": name} | options
@@ -490,6 +499,7 @@ def _take(
   family: Family,
   options: Mapping[str, Any],
   path: str,
+  pad: int,
 ) -> tuple[Params, set[str]]:
   """Returns the parameters and the names of the tensors they came from."""
   used = {f"{family.decoder}.weight", f"{family.decoder}.bias", family.bias}
@@ -513,6 +523,8 @@ def _take(
       raise InputError(f"{path}: {found} of {value.shape} isn't {parts} parts")
     value = np.split(value, parts)[part]
     value = value.T if ours.endswith("kernel") else value
+    if _is_shifted(ours, options):
+      value = _shift(value, pad, 1)
     if value.shape != leaf.shape:
       raise InputError(
         f"{path}: {found} has the shape {value.shape}, the config asks for"
@@ -525,3 +537,119 @@ def _take(
   if not any(find(name) for name in head):
     del wanted["mlm"]
   return jax.tree_util.tree_map_with_path(take, wanted), used
+
+
+def _is_shifted(path: str, options: Mapping[str, Any]) -> bool:
+  """Says whether a table's rows begin behind the one of padding."""
+  return options["family"] == "roberta" and "/position/" in path
+
+
+def _shift(table: np.ndarray, old: int, new: int) -> np.ndarray:
+  """Moves RoBERTa's positions, which begin at the id of padding plus one.
+
+  Rows before that are padding's or never read.
+  """
+  return np.pad(table[max(old - new, 0) :], ((max(new - old, 0), 0), (0, 0)))
+
+
+def to_tensors(
+  params: Params, options: Mapping[str, Any], *, pad: int
+) -> dict[str, np.ndarray]:
+  """Returns our parameters (or their gradients) under Hugging Face's names.
+
+  Args:
+    params: A tree as of `Model.init`, "mlm" or not.
+    options: The `model` keys.
+    pad: The id of padding.
+
+  Returns:
+    Arrays, contiguous, by the names of `transformers`; a tied decoder is
+    not among them.
+  """
+  family = FAMILIES[options["family"]]
+  pieces: dict[str, dict[int, np.ndarray]] = {}
+  for place, leaf in jax.tree_util.tree_leaves_with_path(params):
+    ours = jax.tree_util.keystr(place, simple=True, separator="/")
+    name, part, _ = names_of(ours, family, options)
+    value = np.asarray(leaf)
+    value = value.T if ours.endswith("kernel") else value
+    value = _shift(value, 1, pad) if _is_shifted(ours, options) else value
+    pieces.setdefault(name, {})[part] = value
+  return {
+    # safetensors writes a transposed view as it lies in memory, wrongly.
+    name: np.ascontiguousarray(
+      np.concatenate([parts[i] for i in sorted(parts)])
+    )
+    for name, parts in pieces.items()
+  }
+
+
+def write_config(
+  options: Mapping[str, Any], *, vocab_size: int, ids: Mapping[str, int]
+) -> dict[str, Any]:
+  """Returns the config.json of a model of ours.
+
+  Args:
+    options: The `model` keys.
+    vocab_size: V.
+    ids: Ids of "pad", "cls" and "sep".
+  """
+  name = options["family"]
+  family = FAMILIES[name]
+  result: dict[str, Any] = {
+    "architectures": [family.architecture],
+    "model_type": name,
+    "dtype": "float32",
+    "vocab_size": vocab_size,
+    "pad_token_id": ids["pad"],
+    "bos_token_id": ids["cls"],
+    "eos_token_id": ids["sep"],
+  }
+  given = {k: v for k, v in options.items() if v is not None}
+  own = {"roberta": 1, "bert": 2, "albert": 2, "electra": 2}
+  given = {"segment_types": own.get(name), "embedding_size": None} | given
+  if given["embedding_size"] is None:
+    given["embedding_size"] = 128 if name == "albert" else given["width"]
+  for ours, (key, _) in family.keys.items():
+    result[key] = given[ours]
+  result |= family.fixed
+  if name == "roberta":
+    result["max_position_embeddings"] += ids["pad"] + 1
+  if name == "modernbert":
+    every = options["global_attn_every_n_layers"]
+    result |= {
+      "cls_token_id": ids["cls"],
+      "sep_token_id": ids["sep"],
+      "global_attn_every_n_layers": every,
+      "layer_types": [
+        "sliding_attention" if number % every else "full_attention"
+        for number in range(options["layers"])
+      ],
+      "global_rope_theta": options["global_rope_theta"],
+      "local_rope_theta": options["local_rope_theta"],
+      "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": options[key]}
+        for kind, key in (
+          ("full_attention", "global_rope_theta"),
+          ("sliding_attention", "local_rope_theta"),
+        )
+      },
+      "embedding_dropout": options["dropout"],
+    }
+  return result
+
+
+def save(
+  path: str, params: Params, config: Mapping[str, Any], options: Mapping
+) -> None:
+  """Writes config.json and model.safetensors into a folder that is there."""
+  from safetensors.numpy import save_file
+
+  with open(os.path.join(path, CONFIG), "w", encoding="utf-8") as file:
+    json.dump(config, file, indent=2)
+    file.write("\n")
+  save_file(
+    to_tensors(params, options, pad=config["pad_token_id"]),
+    os.path.join(path, WEIGHTS),
+    metadata={"format": "pt"},
+  )
