@@ -2,6 +2,11 @@
 
 python -m flaxmlm.train --config=configs/bert_mini.py \
     --config.data.source='texts/*.txt' --workdir=runs/mini
+
+With --config.train.steps=500 on 65 MB of English novels, on two cores of an
+AMD EPYC: 16 minutes, tokenizer and store included; validation loss 6.39,
+against a unigram entropy of 6.89. The whole 10,000 steps take some four hours
+there.
 """
 
 from flaxmlm.config import defaults

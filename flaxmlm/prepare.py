@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 SHARD_CHARS = 4 << 20
 # A tokenizer's sample is drawn from so many times its size, not from more.
 _OVERSAMPLE = 8
+_SAMPLE_FILES = 16
 _BLOCK_CHARS = 1 << 20
 
 # Called with bytes, documents and tokens that have been done so far.
@@ -483,12 +484,19 @@ def _started(
 
 
 def _documents(
-  config: ConfigDict, bad: BadRecords | None = None, *, validation: bool = False
+  config: ConfigDict,
+  bad: BadRecords | None = None,
+  *,
+  validation: bool = False,
+  files: tuple[str, ...] | None = None,
 ) -> Iterator[Document]:
-  """Returns the training documents, then validation's own if asked for."""
+  """Returns the training documents, then validation's own if asked for.
+
+  With `files`, those of these files alone are taken for training.
+  """
   from flaxmlm.data import sources
 
-  specs = config_lib.as_tuple(config.data.source)
+  specs = files or config_lib.as_tuple(config.data.source)
   if validation:
     specs += config_lib.as_tuple(config.data.validation_source or ())
   return sources.read(
@@ -545,17 +553,21 @@ def _total_bytes(config: ConfigDict) -> int | None:
 def _tokenizer_texts(config: ConfigDict) -> Iterator[str]:
   """Yields cleaned training text for a tokenizer to draw its sample from.
 
-  Cleaning all of a large corpus twice would take long for a small sample: of
-  more than eight times the sample, a random part is taken (of documents over a
-  million characters, some blocks of lines: only there, validation text may be
-  among it).
+  Reading and cleaning all of a large corpus twice would take long for a small
+  sample. Of more than eight times the sample, a random part is taken (of
+  documents over a million characters, some blocks of lines: only there,
+  validation text may be among it); of more than thirty-two times, that part
+  comes from a random part of the files, sixteen at least.
   """
   from flaxmlm.data import store
   from flaxmlm.data.cleaning import clean, fingerprint
 
   total = _total_bytes(config) or 0
   wanted = _OVERSAMPLE * config.tokenizer.sample_chars
-  texts = (document.text for document in _documents(config))
+  files = None
+  if total > wanted:
+    files, total = _some_files(config, 4 * wanted)
+  texts = (document.text for document in _documents(config, files=files))
   if total > wanted:
     blocks = itertools.chain.from_iterable(map(_blocks, texts))
     draw = random.Random(0)
@@ -568,6 +580,25 @@ def _tokenizer_texts(config: ConfigDict) -> Iterator[str]:
     cleaned = clean(text, config.data.cleaning, counts)
     if cleaned is not None and fingerprint(cleaned) >= bound:
       yield cleaned
+
+
+def _some_files(config: ConfigDict, wanted: int) -> tuple[tuple[str, ...], int]:
+  """Returns random training files of `wanted` bytes together, and their size.
+
+  They stay in their order. There are sixteen at least, or all that there are.
+  """
+  from flaxmlm.data import sources
+
+  files = sources.files(config_lib.as_tuple(config.data.source))
+  order = list(range(len(files)))
+  random.Random(0).shuffle(order)
+  chosen, size = [], 0
+  for number in order:
+    if size >= wanted and len(chosen) >= _SAMPLE_FILES:
+      break
+    chosen.append(number)
+    size += os.path.getsize(files[number])
+  return tuple(files[number] for number in sorted(chosen)), size
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -400,6 +400,20 @@ def test_of_a_large_corpus_a_part_is_cleaned_for_the_tokenizer(
   assert max(map(len, seen)) <= 100
 
 
+def test_of_many_files_some_are_read_for_the_tokenizer(tmp_path):
+  for number in range(100):
+    lines = [f"file {number} line {line} of it" for line in range(100)]
+    (tmp_path / f"{number}.txt").write_text("\n".join(lines))
+  size = sum(path.stat().st_size for path in tmp_path.iterdir())
+  c = make_config(tmp_path, data__validation_fraction=0)
+  c.tokenizer.sample_chars = size // 100 // prepare._OVERSAMPLE
+  seen = list(prepare._tokenizer_texts(c))
+  assert 0.5 * size < 100 * sum(map(len, seen)) < 2 * size
+  files = [int(text.split()[1]) for text in seen]
+  assert 8 < len(set(files)) <= prepare._SAMPLE_FILES
+  assert files == sorted(files)
+
+
 def test_blocks_are_the_text(monkeypatch):
   monkeypatch.setattr(prepare, "_BLOCK_CHARS", 10)
   text = "abc\ndefgh\n" * 5 + "x" * 35 + "\nend"

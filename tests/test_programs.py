@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -227,16 +228,16 @@ def test_the_previewed_rows_give_the_losses_that_training_logs(run, tmp_path):
   for line in logged[1:-1]:
     shown = [row for row in rows if row["step"] == line["step"] - 1]
     ids, segments, positions, slots, targets, weights = (
-      np.array([row[name] for row in shown])
+      jnp.array([row[name] for row in shown])
       for name in (
         *("input_ids", "segments", "positions"),
         *("slots", "targets", "weights"),
       )
     )
     hidden = m.model.encode(
-      m.params, Inputs(ids, segments, positions, np.zeros_like(ids)), None
+      m.params, Inputs(ids, segments, positions, 0 * ids), None
     )
-    hidden = np.take_along_axis(np.asarray(hidden), slots[..., None], axis=1)
+    hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
     logits = np.asarray(m.model.predict(m.params, hidden), np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -36,7 +36,7 @@ import sysconfig
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from flaxmlm import InputError
 
@@ -258,7 +258,7 @@ def _file(
     report(*damage.args)
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> io.BufferedIOBase:
   """Opens a file for reading, decompressed."""
   match _ending(path)[1]:
     case ".gz":
@@ -294,7 +294,7 @@ class _Zstandard(io.RawIOBase):
   def readable(self) -> bool:
     return True
 
-  def readinto(self, buffer: memoryview) -> int:
+  def readinto(self, buffer: memoryview | bytearray) -> int:
     while not self._output:
       # A kilobyte of zstd can hold megabytes of text.
       self._input = self._input or self._file.read(1 << 8)
@@ -510,7 +510,7 @@ def _parquet(
     raise _damage(f"{path}:{number + 1}", path, "utf-8", error) from None
 
 
-def _seekable(path: str) -> BinaryIO:
+def _seekable(path: str) -> io.BufferedIOBase:
   """Opens a file that is read from its end; archives go through the disk."""
   if not _ending(path)[1]:
     return open(path, "rb")

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 # One process, one thread: parallelism is by processes. It is read at each
 # call, and also silences the library's warning about forks.
@@ -162,7 +162,7 @@ class HuggingFace:
       result.append(ids)
     return np.concatenate(result)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """See `Tokenizer.decode`."""
     vocab = self.vocab
     hidden = {*vocab.specials} - {vocab.mask, vocab.unk}
@@ -181,7 +181,7 @@ class HuggingFace:
   def _decode(self, ids: list[int]) -> str:
     return self.model.decode(ids, skip_special_tokens=False)
 
-  def tokens(self, ids: Iterable[int]) -> list[str]:
+  def tokens(self, ids: Iterable[SupportsIndex]) -> list[str]:
     """See `Tokenizer.tokens`."""
     return [self._names[i] for i in check_ids(ids, self.vocab.size)]
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -200,13 +201,13 @@ class SentencePiece:
       result.append(self._without_leaks(ids))
     return np.concatenate(result)
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """See `Tokenizer.decode`."""
     table = self._text
     data = b"".join(table[i] for i in check_ids(ids, self.vocab.size))
     return data.decode("utf-8", "replace").removeprefix(" ")
 
-  def tokens(self, ids: Iterable[int]) -> list[str]:
+  def tokens(self, ids: Iterable[SupportsIndex]) -> list[str]:
     """See `Tokenizer.tokens`."""
     return [self.names[i] for i in check_ids(ids, self.vocab.size)]
 

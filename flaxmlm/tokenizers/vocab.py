@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,7 @@ class Encoded(NamedTuple):
   flags: np.ndarray
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """Text to ids and back. Can be pickled; runs on the calling thread only.
 
@@ -92,14 +93,14 @@ class Tokenizer(Protocol):
       InputError: As `encode_batch`.
     """
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Returns the text of ids; of the specials only masks and unknowns show.
 
     Raises:
       InputError: An id is outside the vocabulary.
     """
 
-  def tokens(self, ids: Iterable[int]) -> list[str]:
+  def tokens(self, ids: Iterable[SupportsIndex]) -> list[str]:
     """Returns the tokens as the vocabulary writes them: "▁the", "##ing".
 
     Raises:
@@ -164,7 +165,7 @@ def check_text(text: str) -> None:
     ) from error
 
 
-def check_ids(ids: Iterable[int], size: int) -> list[int]:
+def check_ids(ids: Iterable[SupportsIndex], size: int) -> list[int]:
   """Returns ids as a list of ints; raises InputError for one out of range."""
   values = np.asarray(
     ids if isinstance(ids, (np.ndarray, list, tuple)) else list(ids)
