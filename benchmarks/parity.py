@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks import report
 from flaxmlm.inference import loading
-from flaxmlm.interop import huggingface
+from flaxmlm.interop import families, huggingface
 from flaxmlm.models import Inputs, Model
 
 CONFIGS = 20
-FAMILIES = tuple(huggingface.FAMILIES)
+FAMILIES = tuple(families.FAMILIES)
 
 
 def main() -> None:
@@ -122,9 +122,7 @@ def exported(m: Any, ids: Any, valid: Any, types: Any) -> float:
   params = jax.device_get(m.model.init(jax.random.key(0)))
   named = {"pad": m.pad, "cls": 1, "sep": 2}
   with tempfile.TemporaryDirectory() as folder:
-    written = huggingface.write_config(
-      options, vocab_size=m.vocab_size, ids=named
-    )
+    written = families.write_config(options, vocab_size=m.vocab_size, ids=named)
     huggingface.save(folder, params, written, options)
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     again = loading.load(folder)

@@ -381,6 +381,22 @@ def validate(
     c.model.width % c.model.heads == 0,
     f"model.heads={c.model.heads} doesn't divide model.width={c.model.width}",
   )
+  family = c.model.family
+  need(
+    not c.model.segment_types or family not in ("distilbert", "modernbert"),
+    f"model.segment_types={c.model.segment_types}: {family} has no segments;"
+    " leave it at None",
+  )
+  need(
+    c.model.embedding_size is None or family in ("albert", "electra"),
+    f"model.embedding_size={c.model.embedding_size}: {family}'s embeddings are"
+    " as wide as model.width; leave it at None",
+  )
+  need(
+    family != "modernbert" or (c.model.width // c.model.heads) % 2 == 0,
+    f"model.width={c.model.width} / model.heads={c.model.heads} is odd; rotary"
+    " positions turn pairs",
+  )
   need(
     c.data.row_length <= c.model.max_positions,
     f"data.row_length={c.data.row_length} is longer than"
