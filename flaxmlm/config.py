@@ -78,6 +78,7 @@ KEYS: dict[str, Key] = {
   "tokenizer.sample_chars": Key(10_000_000, int, "Text that a tokenizer is trained on, at most; drawn evenly from the training documents.", unit="characters", low=1000),
 
   "model.family": Key("bert", str, "Architecture.", choices=("albert", "bert", "distilbert", "electra", "modernbert", "roberta")),
+  "model.init_from": Key(None, str, "Folder whose parameters the run begins with, of a run or Hugging Face's; the architecture is taken from it. None: random ones.", optional=True),
   "model.layers": Key(12, int, "Encoder layers N.", low=1, high=1000),
   "model.width": Key(768, int, "Width D of the hidden states.", low=1),
   "model.heads": Key(12, int, "Attention heads H; they divide the width.", low=1),
@@ -567,7 +568,7 @@ def parse(
         f"{args.workdir} has no run (no config.json there); name a config by"
         " --config=FILE, like configs/quickstart.py, or another --workdir"
       )
-  config = load(path, overrides)
+  config = take_architecture(load(path, overrides))
   if args.print_config:
     print(to_json(config), end="")
     sys.exit(0)
@@ -576,6 +577,46 @@ def parse(
   made = os.path.join(workdir, "store", "manifest.json")
   validate(config, sources=not (workdir and os.path.exists(made)))
   return args, config
+
+
+def take_architecture(config: ConfigDict) -> ConfigDict:
+  """Returns the config with the architecture of `model.init_from`, if any.
+
+  Raises:
+    InputError: The folder is none that can be begun from, or a key says
+      something else than its config.
+  """
+  folder = config.model.init_from
+  if folder is None:
+    return config
+  path = os.path.join(folder, "config.json")
+  if not os.path.isfile(path):
+    raise InputError(
+      f"model.init_from={folder}: neither a run nor a Hugging Face folder (no"
+      " config.json there)"
+    )
+  with open(path, encoding="utf-8") as file:
+    try:
+      data = json.load(file)
+    except ValueError as error:
+      raise InputError(f"{path}: not JSON: {error}") from error
+  if "model_type" in data:
+    from flaxmlm.interop.families import read_config
+
+    found = read_config(data, folder)[1]
+  else:
+    found = from_json(path).model.to_dict()
+  values = to_flat(config)
+  for name, value in found.items():
+    key = f"model.{name}"
+    if name in ("init_from", "dropout", "attention_dropout"):
+      continue
+    if values[key] not in (KEYS[key].default, value):
+      raise InputError(
+        f"{key}={values[key]!r}, but {folder} has {value!r}; leave the key out"
+      )
+    values[key] = value
+  return check_keys(values, where=path)
 
 
 def check_json(path: str | None) -> None:

@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
   import numpy as np
 
   from flaxmlm import models, objectives
+  from flaxmlm.inference.starting import start_from
   from flaxmlm.models.model import count_parameters
   from flaxmlm.objectives import Batch
   from flaxmlm.training import (
@@ -174,6 +175,10 @@ def main(argv: list[str] | None = None) -> None:
   state = checkpoints.restore(checkpointer, shapes)
   if state is None:
     state = init(init_key)
+    if c.model.init_from is not None:
+      given = start_from(c.model.init_from, tokenizer, state.params, print)
+      placed = jax.device_put(given, state_sharding.params)
+      state = state._replace(params=placed)
     before = guesses(state.params)
     write_text(examples_path, json.dumps(before))
   else:

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT
 
 import flaxmlm
-from flaxmlm import InputError
+from flaxmlm import InputError, tokenizers
+from flaxmlm.inference.starting import start_from
 from flaxmlm.models import Inputs
 
 STEPS = 60
@@ -252,6 +253,56 @@ def test_a_second_process_on_the_same_workdir_is_refused(run):
     fcntl.flock(lock, fcntl.LOCK_EX)
     error = program("train", *SHORT, f"--workdir={run}", code=2)
   assert "another process trains there" in error
+
+
+def test_a_run_begins_with_the_parameters_of_another(run, tmp_path):
+  workdir = tmp_path / "next"
+  out = program(
+    "train",
+    "--config.train.batch_size=32",
+    f"--workdir={workdir}",
+    "--config=configs/quickstart.py",
+    f"--config.model.init_from={run}",
+    f"--config.data.store={run}/store",
+    "--config.train.steps=1",
+    "--config.optimizer.warmup_steps=1",
+    "--config.eval.rows=64",
+  )
+  assert "another vocabulary" not in out
+  want = lines(run / "metrics.jsonl")[-1]["eval/loss"]
+  got = lines(workdir / "metrics.jsonl")[0]["eval/loss"]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  error = program(
+    "train",
+    "--config=configs/quickstart.py",
+    f"--workdir={tmp_path / 'other'}",
+    f"--config.model.init_from={run}",
+    "--config.model.width=64",
+    code=2,
+  )
+  assert "model.width=64" in error and "has 128" in error
+
+
+def test_another_vocabulary_keeps_what_it_shares(run):
+  m = flaxmlm.load(str(run))
+  texts = ["Return the list of names. " * 30, "raise an unusual zygote " * 30]
+  other = tokenizers.train(texts, kind="unigram", vocab_size=60)
+  said = []
+  params = start_from(str(run), other, m.params, said.append)
+  old = np.asarray(m.params["encoder"]["embeddings"]["word"]["embedding"])
+  new = np.asarray(params["encoder"]["embeddings"]["word"]["embedding"])
+  assert new.shape == (60, old.shape[1])
+  known = m.tokenizer.tokens(range(len(old)))
+  shared = 0
+  for token, name in enumerate(other.tokens(range(60))):
+    if name in known:
+      row = old[known.index(name)]
+      shared += 1
+    elif name not in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+      row = old[m.tokenizer.encode(other.decode([token]))].mean(axis=0)
+    np.testing.assert_allclose(new[token], row, rtol=1e-5, atol=1e-7)
+  assert 10 < shared < 60 and "tokens keep" in said[0]
+  assert params["mlm"]["bias"].shape == (60,)
 
 
 def test_fill_mask_on_the_command_line_and_in_python(run, tmp_path):
