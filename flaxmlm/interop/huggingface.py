@@ -188,8 +188,14 @@ def _take(
   def find(name: str) -> str | None:
     if not prefixed:
       name = name.removeprefix(family.prefix)
-    others = {family.bias: f"{family.decoder}.bias"}
-    return next((n for n in (name, others.get(name)) if n in tensors), None)
+    names = [name]
+    if name == family.bias:
+      # Its two names are one parameter, unless the decoder isn't tied: then
+      # transformers reads the decoder's own.
+      names.append(f"{family.decoder}.bias")
+      if not options["tie_word_embeddings"]:
+        names.reverse()
+    return next((n for n in names if n in tensors), None)
 
   def take(place: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     ours = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -255,6 +261,8 @@ def to_tensors(
     value = value.T if ours.endswith("kernel") else value
     value = _shift(value, 1, pad) if _is_shifted(ours, options) else value
     pieces.setdefault(name, {})[part] = value
+    if name == family.bias and not options["tie_word_embeddings"]:
+      pieces[f"{family.decoder}.bias"] = {part: value}
   return {
     # safetensors writes a transposed view as it lies in memory, wrongly.
     name: np.ascontiguousarray(
