@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -895,3 +896,15 @@ def test_the_heavy_libraries_are_imported_late():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert out.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "wordpiece"])
+def test_a_rare_letter_is_no_unknown(kind):
+  # 12 of 50,000 characters: under the 0.05 % that may become unknown.
+  draw = random.Random(0)
+  words = ["".join(draw.choices("aeimnoprstuw", k=5)) for _ in range(8000)]
+  texts = [" ".join(words), "Queen " * 12]
+  tokenizer = flax_tokenizers.train(texts, kind=kind, vocab_size=160)
+  ids = tokenizer.encode("Queen")
+  assert tokenizer.vocab.unk not in ids
+  assert tokenizer.decode(ids) == "Queen"

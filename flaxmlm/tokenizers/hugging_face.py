@@ -30,6 +30,7 @@ from tokenizers import (
 from flaxmlm import InputError
 from flaxmlm.tokenizers import flags as token_flags
 from flaxmlm.tokenizers.flags import WORD_START
+from flaxmlm.tokenizers.sampling import common_characters
 from flaxmlm.tokenizers.vocab import (
   SPECIAL_NAMES,
   Encoded,
@@ -459,7 +460,7 @@ def train_wordpiece(
     InputError: The vocabulary is too large or too small for the text.
   """
   words = _count_words(lines, lowercase)
-  alphabet = _choose_alphabet(words, coverage)
+  alphabet = _choose_alphabet(words, coverage, vocab_size // 8)
   specials = [names[0] for names in SPECIAL_NAMES.values()]
   # The library numbers the "##x" of its alphabet in the order of a hash map
   # with random keys, and breaks ties by these numbers: given by us, in order.
@@ -507,13 +508,19 @@ def _count_words(lines: Iterable[str], lowercase: bool) -> Counter[str]:
   return words
 
 
-def _choose_alphabet(words: Mapping[str, int], coverage: float) -> set[str]:
+def _choose_alphabet(
+  words: Mapping[str, int], coverage: float, most: int
+) -> set[str]:
+  """Returns the characters that cover so much, and others that are common.
+
+  See `common_characters` for `most`; each takes two places in the vocabulary.
+  """
   counts: Counter[str] = Counter()
   for word, count in words.items():
     for char in word:
       counts[char] += count
   need = coverage * sum(counts.values())
-  alphabet: set[str] = set()
+  alphabet = set(common_characters(counts, most))
   covered = 0
   for char, count in sorted(counts.items(), key=lambda item: (-item[1], item)):
     if covered >= need:

@@ -1,17 +1,19 @@
-"""A bounded, even sample of a stream of texts."""
+"""A bounded, even sample of a stream of texts, and what is common in it."""
 
 from __future__ import annotations
 
 import heapq
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 # Sampled as a whole: small against any sample, large against a sentence.
 _CHUNK_CHARS = 4096
 # At 4 bytes a character this stays under the 4,192 bytes of a sentence that
 # SentencePiece drops.
 _LINE_CHARS = 1000
+_SPACE_MARK = "▁"  # SentencePiece's own
+_COMMON = 10  # times, for a character
 _LINE = re.compile(rf"(?s).{{1,{_LINE_CHARS}}}(?=\s|$)|.{{1,{_LINE_CHARS}}}")
 
 
@@ -65,3 +67,17 @@ def sample(texts: Iterable[str], *, chars: int, seed: int) -> list[str]:
       while total > chars and len(kept) > 1:
         total -= len(heapq.heappop(kept)[2])
   return [chunk for _, _, chunk in sorted(kept, key=lambda item: item[1])]
+
+
+def common_characters(counts: Mapping[str, int], most: int) -> list[str]:
+  """Returns the characters that occur ten times or more, by their order.
+
+  White space and its mark aren't among them. Of more than `most`, those that
+  occur most often, the first of equals in the order of Unicode.
+  """
+  common = [
+    (-count, char)
+    for char, count in counts.items()
+    if count >= _COMMON and not char.isspace() and char != _SPACE_MARK
+  ]
+  return sorted(char for _, char in sorted(common)[:most])

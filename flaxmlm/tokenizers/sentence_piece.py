@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
@@ -17,6 +18,7 @@ import sentencepiece
 from flaxmlm import InputError
 from flaxmlm.tokenizers import flags as token_flags
 from flaxmlm.tokenizers.flags import SENTENCE_START, WORD_START
+from flaxmlm.tokenizers.sampling import common_characters
 from flaxmlm.tokenizers.vocab import (
   SPECIAL_NAMES,
   Encoded,
@@ -326,7 +328,8 @@ _QUIET = 3  # fatal errors only; the rest comes as exceptions
 # threads than cores do no harm.
 _TRAINING_THREADS = 8
 # As published models for scripts with many characters (SentencePiece's README
-# advises it for Chinese and Japanese); the rarest 0.05 % become [UNK].
+# advises it for Chinese and Japanese); the rarest 0.05 % become [UNK], but for
+# `sampling.common_characters`: in English they'd be Q and Z.
 CHARACTER_COVERAGE = 0.9995
 
 
@@ -375,16 +378,20 @@ def train(
   sentencepiece.set_min_log_level(_QUIET)
   model = io.BytesIO()
   # U+2585 is SentencePiece's own mark: it drops a sentence that has one.
-  sentences = (line.replace("\u2585", " ") for line in lines)
+  sentences = [line.replace("\u2585", " ") for line in lines]
+  counts: Counter[str] = Counter()
+  for line in sentences:
+    counts.update(line.lower() if lowercase else line)
   names = {role: names[0] for role, names in SPECIAL_NAMES.items()}
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences,
+      sentence_iterator=iter(sentences),
       model_writer=model,
       model_type=kind,
       vocab_size=vocab_size,
       normalizer=_make_normalizer(lowercase),
       character_coverage=CHARACTER_COVERAGE,
+      required_chars="".join(common_characters(counts, vocab_size // 4)),
       num_threads=_TRAINING_THREADS,
       pad_id=0,
       pad_piece=names["pad"],
