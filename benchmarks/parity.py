@@ -33,8 +33,8 @@ from `transformers` in torch, float32, over random configs.
 FOOT = """
 - **hidden, logits**: absolute, where both have unit scale.
 - **argmax**: share of the tokens whose likeliest token differs.
-- **gradient**: of a parameter's largest entry, or of a thousandth of the largest
-  of all parameters where that is more.
+- **gradient**: of a parameter's largest entry, or of a thousandth of the
+  largest of all parameters where that is more.
 - **exported**: logits of our own initial parameters, in torch.
 """
 FAMILIES = tuple(families.FAMILIES)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxmlm import models
+from flaxmlm import config, models
 from flaxmlm.models import Inputs
 from flaxmlm.models.layers import dropout
 
 V, L, B = 50, 24, 3
-OPTIONS = {
+OPTIONS = config.defaults().model.to_dict() | {
   "family": "bert",
   "layers": 2,
   "width": 16,
