@@ -120,7 +120,7 @@ def test_parts_and_half_precision_are_read(folder):
     ({"model_type": "gpt2"}, "model_type='gpt2'; known are bert"),
     ({"is_decoder": True}, "is_decoder=True isn't supported"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type="),
-    ({"hidden_size": 18}, r"has the shape \(50, 16\)"),
+    ({"hidden_size": 18}, "has the shape .*, the config asks for"),
     ({"num_hidden_layers": 3}, "no tensor bert.encoder.layer.2"),
     ({"hidden_act": "tanh"}, "hidden_act='tanh'"),
   ],

@@ -168,6 +168,7 @@ def test_loss_is_the_cross_entropy_of_the_used_slots():
     encode=lambda params, inputs, keys: jnp.zeros((8, L, 1)),
     predict=lambda params, hidden: jnp.asarray(logits),
     flops=lambda row_length, slots: 0.0,
+    token_types=0,
   )
   sums = masked.loss(model, {}, example, None)
   x = logits.astype(np.float64)

@@ -285,24 +285,24 @@ def test_a_run_begins_with_the_parameters_of_another(run, tmp_path):
 
 def test_another_vocabulary_keeps_what_it_shares(run):
   m = flaxmlm.load(str(run))
-  texts = ["Return the list of names. " * 30, "raise an unusual zygote " * 30]
-  other = tokenizers.train(texts, kind="unigram", vocab_size=60)
+  texts = [(ROOT / "docs" / "data.md").read_text()]
+  other = tokenizers.train(texts, kind="unigram", vocab_size=300)
   said = []
   params = start_from(str(run), other, m.params, said.append)
   old = np.asarray(m.params["encoder"]["embeddings"]["word"]["embedding"])
   new = np.asarray(params["encoder"]["embeddings"]["word"]["embedding"])
-  assert new.shape == (60, old.shape[1])
+  assert new.shape == (300, old.shape[1])
   known = m.tokenizer.tokens(range(len(old)))
   shared = 0
-  for token, name in enumerate(other.tokens(range(60))):
+  for token, name in enumerate(other.tokens(range(300))):
     if name in known:
       row = old[known.index(name)]
       shared += 1
     elif name not in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
       row = old[m.tokenizer.encode(other.decode([token]))].mean(axis=0)
     np.testing.assert_allclose(new[token], row, rtol=1e-5, atol=1e-7)
-  assert 10 < shared < 60 and "tokens keep" in said[0]
-  assert params["mlm"]["bias"].shape == (60,)
+  assert 100 < shared < 300 and "tokens keep" in said[0]
+  assert params["mlm"]["bias"].shape == (300,)
 
 
 def test_fill_mask_on_the_command_line_and_in_python(run, tmp_path):
@@ -368,5 +368,5 @@ def test_texts_that_cant_be_filled_are_refused(run, text, message):
 
 
 def test_load_refuses_a_folder_that_is_no_run(tmp_path):
-  with pytest.raises(InputError, match="no workdir"):
+  with pytest.raises(InputError, match="neither a workdir"):
     flaxmlm.load(str(tmp_path))
