@@ -86,14 +86,32 @@ def test_old_and_bare_names_are_found(folder):
         if "LayerNorm" in name:
           name = name.replace("weight", "gamma").replace("bias", "beta")
         result[name] = value
-    return result | {"pooler.dense.weight": np.zeros((16, 16), np.float32)}
+    return result | {"classifier.weight": np.zeros((3, 16), np.float32)}
 
   rewrite(folder, old)
   m = load(str(folder))
   np.testing.assert_array_equal(m.encode(IDS), want)
-  assert m.unused == ("pooler.dense.weight",)
+  assert m.unused == ("classifier.weight",)
   with pytest.raises(InputError, match="no MLM head"):
     m.logits(IDS)
+
+
+def test_the_pooler_is_read_and_is_a_head(folder):
+  m = load(str(folder))
+  with pytest.raises(InputError, match="no pooler"):
+    m.pool(IDS)
+  first = m.encode(IDS)[:, 0]
+  rng = np.random.default_rng(0)
+  weight = rng.normal(size=(16, 16)).astype(np.float32)
+  bias = rng.normal(size=16).astype(np.float32)
+  pooler = {"bert.pooler.dense.weight": weight}
+  rewrite(folder, lambda tensors: tensors | pooler)
+  with pytest.raises(InputError, match=r"no tensor bert\.pooler\.dense\.bias"):
+    load(str(folder))
+  pooler["bert.pooler.dense.bias"] = bias
+  rewrite(folder, lambda tensors: tensors | pooler)
+  got = load(str(folder)).pool(IDS)
+  np.testing.assert_allclose(got, np.tanh(first @ weight.T + bias), atol=1e-6)
 
 
 def test_parts_and_half_precision_are_read(folder):

@@ -73,6 +73,21 @@ class LoadedModel:
     """
     return self._run(_encode, input_ids, attention_mask, token_type_ids)
 
+  def pool(
+    self,
+    input_ids: Int[np.ndarray, "B L"],
+    attention_mask: Int[np.ndarray, "B L"] | None = None,
+    token_type_ids: Int[np.ndarray, "B L"] | None = None,
+  ) -> Float[np.ndarray, "B D"]:
+    """Returns the pooler's output, float32: `pooler_output` in transformers.
+
+    Arguments and errors are those of `encode`. Masked language modelling trains
+    no pooler: only a Hugging Face folder may have one.
+    """
+    if "pooler" not in self.params:
+      raise InputError("pool: there is no pooler in the folder")
+    return self._run(_pooled, input_ids, attention_mask, token_type_ids)
+
   def logits(
     self,
     input_ids: Int[np.ndarray, "B L"],
@@ -205,7 +220,8 @@ class LoadedModel:
       token_types=jnp.asarray(np.pad(np.asarray(types, np.int32), space)),
     )
     if slots is None:
-      return np.asarray(function(self.model, self.params, inputs)[:B, :L])
+      found = np.asarray(function(self.model, self.params, inputs))
+      return found[:B, :L] if found.ndim == 3 else found[:B]
     most = 1 << (slots.shape[1] - 1).bit_length()
     slots = np.pad(slots, ((0, rows - B), (0, most - slots.shape[1])))
     return np.asarray(function(self.model, self.params, inputs, slots)[:B])
@@ -221,6 +237,12 @@ class LoadedModel:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: Model, params: Params, inputs: Inputs) -> jax.Array:
   return model.encode(params, inputs, None).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pooled(model: Model, params: Params, inputs: Inputs) -> jax.Array:
+  hidden = model.encode(params, inputs, None)
+  return model.pool(params, hidden).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -45,6 +45,8 @@ def start_from(
   params = dict(m.params)
   if "mlm" not in params:
     say(f"{folder}: has no MLM head; it begins anew")
+  if params.pop("pooler", None):
+    say(f"{folder}: its pooler is left behind; nothing here would train it")
   table = params["encoder"]["embeddings"]["word"]["embedding"]
   rows = None
   if m.tokenizer is None:

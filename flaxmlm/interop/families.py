@@ -118,6 +118,7 @@ FAMILIES: dict[str, Family] = {
     prefix="bert.",
     modules=_bert_like("bert.")
     | {
+      "pooler/dense": "bert.pooler.dense",
       "mlm/transform": "cls.predictions.transform.dense",
       "mlm/norm": "cls.predictions.transform.LayerNorm",
     },
@@ -130,7 +131,11 @@ FAMILIES: dict[str, Family] = {
     architecture="RobertaForMaskedLM",
     prefix="roberta.",
     modules=_bert_like("roberta.")
-    | {"mlm/transform": "lm_head.dense", "mlm/norm": "lm_head.layer_norm"},
+    | {
+      "pooler/dense": "roberta.pooler.dense",
+      "mlm/transform": "lm_head.dense",
+      "mlm/norm": "lm_head.layer_norm",
+    },
     bias="lm_head.bias",
     decoder="lm_head.decoder",
     keys=_BERT_KEYS,
@@ -176,6 +181,7 @@ FAMILIES: dict[str, Family] = {
     )
     | {
       "encoder/project": "albert.encoder.embedding_hidden_mapping_in",
+      "pooler/dense": "albert.pooler",
       "mlm/transform": "predictions.dense",
       "mlm/norm": "predictions.LayerNorm",
     },

@@ -31,7 +31,8 @@ class Folder(NamedTuple):
     vocab_size: V.
     pad: The id of padding.
     model: The model of these options.
-    params: Its parameters, float32; no "mlm" if the folder has no such head.
+    params: Its parameters, float32; of the heads, "mlm" and "pooler", those
+      that the folder has.
     left: Names of tensors that were not used: heads of other tasks.
   """
 
@@ -56,7 +57,7 @@ def is_folder(path: str) -> bool:
 
 
 def load(path: str, *, dtype: str = "float32") -> Folder:
-  """Loads the encoder of a folder, and its MLM head if there is one.
+  """Loads the encoder of a folder, and its MLM head and pooler if it has them.
 
   Args:
     path: A folder with config.json and model.safetensors, whole or in parts.
@@ -72,7 +73,8 @@ def load(path: str, *, dtype: str = "float32") -> Folder:
   family, options = read_config(theirs, path)
   vocab_size = theirs.get("vocab_size") or _no_key(path, "vocab_size")
   model = models.build(options, vocab_size=vocab_size, dtype=dtype)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  heads = ("mlm", "pooler") if model.pool else ("mlm",)
+  shapes = jax.eval_shape(lambda key: model.init(key, heads), jax.random.key(0))
   tensors = read_tensors(path)
   pad = theirs.get("pad_token_id", 1 if options["family"] == "roberta" else 0)
   params, used = _take(tensors, shapes, family, options, path, pad or 0)
@@ -219,9 +221,17 @@ def _take(
     return np.ascontiguousarray(value)
 
   wanted = dict(shapes)
-  head = [family.modules["mlm/transform"] + ".weight", family.bias]
-  if not any(find(name) for name in head):
-    del wanted["mlm"]
+  for head in set(wanted) - {"encoder"}:
+    names = [
+      f"{name}.{leaf}"
+      for module, name in family.modules.items()
+      if module.startswith(f"{head}/")
+      for leaf in ("weight", "bias")
+    ]
+    if head == "mlm":
+      names.append(family.bias)
+    if not any(map(find, names)):
+      del wanted[head]
   return jax.tree_util.tree_map_with_path(take, wanted), used
 
 

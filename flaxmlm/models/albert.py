@@ -14,6 +14,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Key
 
 from flaxmlm.models import bert
+from flaxmlm.models.heads import Pooler
 from flaxmlm.models.layers import Dtype, dense
 from flaxmlm.models.model import Inputs, Model, assemble
 
@@ -62,6 +63,7 @@ def build(
     Encoder(vocab_size, o, dtype),
     bert.make_head(o, vocab_size, dtype, activation=o["hidden_act"]),
     vocab_size=vocab_size,
+    pooler=Pooler(o["init_stddev"], dtype),
     # The matrix is there even if it is square.
     flops=lambda L, M: counted(L, M) + 6.0 * L * E * D * (E == D),
     token_types=o["segment_types"],

@@ -1,7 +1,7 @@
 """BERT (Devlin et al., 2018), as google-research/bert has it.
 
 Post-LayerNorm, learned positions, segment embeddings, erf GELU. The pooler is
-no part of the encoder. Its relatives are made of the modules here.
+a head, apart from the encoder. Its relatives are made of the modules here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Key
 
 from flaxmlm.models.attention import attend
-from flaxmlm.models.heads import MaskedLanguageModelHead
+from flaxmlm.models.heads import MaskedLanguageModelHead, Pooler
 from flaxmlm.models.layers import (
   ACTIVATIONS,
   Dtype,
@@ -145,6 +145,7 @@ def build(
     Encoder(vocab_size, o, dtype),
     make_head(o, vocab_size, dtype, activation=o["hidden_act"]),
     vocab_size=vocab_size,
+    pooler=Pooler(o["init_stddev"], dtype),
     flops=make_flops(o, vocab_size),
     token_types=o["segment_types"],
   )

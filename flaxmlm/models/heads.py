@@ -9,6 +9,23 @@ from jaxtyping import Array, Float
 from flaxmlm.models.layers import ACTIVATIONS, Dtype, dense, layer_norm
 
 
+class Pooler(nn.Module):
+  """BERT's pooler: a linear layer and tanh on the first token.
+
+  Devlin et al., 2018, section 3.1, Task 2: what next-sentence prediction and
+  classification of a text look at.
+  """
+
+  stddev: float
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+    """Returns one vector a row."""
+    linear = dense(hidden.shape[-1], self.stddev, self.dtype, name="dense")
+    return jnp.tanh(linear(hidden[:, 0]))
+
+
 class MaskedLanguageModelHead(nn.Module):
   """BERT's MLM head: transform, activation, LayerNorm, decoder and bias.
 

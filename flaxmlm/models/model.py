@@ -6,7 +6,7 @@ K head size, F feed-forward, V vocabulary, N layers, T = B·L flat tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,10 +38,12 @@ class Model(NamedTuple):
   """A model as pure functions over one tree of float32 parameters.
 
   Attributes:
-    init: `key -> params`, `{"encoder": …, "mlm": …}`.
+    init: `(key, heads=("mlm",)) -> params`, `{"encoder": …, "mlm": …}`: the
+      encoder and the heads named, "mlm" and "pooler".
     encode: `(params, inputs, dropout_keys) -> hidden [B L D]`. One dropout key
       a row makes a row's dropout the same in any batch; None means none.
     predict: `(params, hidden [B M D]) -> logits [B M V]`, in compute dtype.
+    pool: `(params, hidden [B L D]) -> [B D]`; None in a family without pooler.
     flops: `(row_length, slots) -> float`: model FLOPs of one row, forward and
       backward, counted as two a multiply-add.
     token_types: How many values `Inputs.token_types` may take; 0 if the model
@@ -50,11 +52,12 @@ class Model(NamedTuple):
       counted from 0 over what isn't [PAD], which itself stands at -1 (RoBERTa).
   """
 
-  init: Callable[[Key[Array, ""]], Params]
+  init: Callable[..., Params]
   encode: Callable[
     [Params, Inputs, Key[Array, " B"] | None], Float[Array, "B L D"]
   ]
   predict: Callable[[Params, Float[Array, "B M D"]], Float[Array, "B M V"]]
+  pool: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B D"]] | None
   flops: Callable[[int, int], float]
   token_types: int
   skips_padding: bool = False
@@ -65,6 +68,7 @@ def assemble(
   head: nn.Module,
   *,
   vocab_size: int,
+  pooler: nn.Module | None,
   flops: Callable[[int, int], float],
   token_types: int,
   skips_padding: bool = False,
@@ -76,19 +80,25 @@ def assemble(
       at `embeddings/word/embedding`.
     head: `(hidden [T D], table [V E]) -> logits [T V]`.
     vocab_size: V.
+    pooler: `(hidden [B L D]) -> [B D]`.
     flops: See `Model`; so are the others.
     token_types: See `Model`.
     skips_padding: See `Model`.
   """
 
-  def init(key: Key[Array, ""]) -> Params:
+  def init(key: Key[Array, ""], heads: Sequence[str] = ("mlm",)) -> Params:
     encoder_key, mlm_key = jax.random.split(key)
+    pooler_key = jax.random.fold_in(mlm_key, 1)
     row = jnp.zeros((1, 1), jnp.int32)
     inputs = Inputs(row, row, row, row)
     hidden, variables = encoder.init_with_output(encoder_key, inputs, None)
     params = {"encoder": variables["params"]}
-    mlm = head.init(mlm_key, hidden.reshape(1, -1), _table(params))
-    return params | {"mlm": mlm["params"]}
+    if "mlm" in heads:
+      variables = head.init(mlm_key, hidden.reshape(1, -1), _table(params))
+      params["mlm"] = variables["params"]
+    if "pooler" in heads:
+      params["pooler"] = pooler.init(pooler_key, hidden)["params"]
+    return params
 
   def encode(
     params: Params,
@@ -104,7 +114,20 @@ def assemble(
     logits = head.apply({"params": params["mlm"]}, flat, _table(params))
     return logits.reshape(*hidden.shape[:-1], vocab_size)
 
-  return Model(init, encode, predict, flops, token_types, skips_padding)
+  def pool(
+    params: Params, hidden: Float[Array, "B L D"]
+  ) -> Float[Array, "B D"]:
+    return pooler.apply({"params": params["pooler"]}, hidden)
+
+  return Model(
+    init,
+    encode,
+    predict,
+    pool if pooler else None,
+    flops,
+    token_types,
+    skips_padding,
+  )
 
 
 def _table(params: Params) -> Float[Array, "V E"]:

@@ -175,6 +175,7 @@ def build(
     Encoder(vocab_size, o, dtype),
     head,
     vocab_size=vocab_size,
+    pooler=None,
     flops=flops,
     token_types=o["segment_types"],
   )

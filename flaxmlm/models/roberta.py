@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flaxmlm.models import bert
+from flaxmlm.models.heads import Pooler
 from flaxmlm.models.layers import Dtype
 from flaxmlm.models.model import Model, assemble
 
@@ -30,6 +31,7 @@ def build(
     bert.Encoder(vocab_size, o, dtype, FIRST_POSITION),
     bert.make_head(o, vocab_size, dtype, activation="gelu"),
     vocab_size=vocab_size,
+    pooler=Pooler(o["init_stddev"], dtype),
     flops=bert.make_flops(o, vocab_size),
     token_types=o["segment_types"],
     skips_padding=True,

@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"(attention_output|output)/kernel$", P("tensor", "fsdp")),
   (r"project/kernel$", P(None, "fsdp")),
   (r"mlm/decoder$", P("tensor", "fsdp")),
-  (r"mlm/transform/kernel$", P(None, "fsdp")),
+  (r"(mlm/transform|pooler/dense)/kernel$", P(None, "fsdp")),
   (r"mlm/bias$", P("tensor")),
 )
 
