@@ -5,10 +5,17 @@ from __future__ import annotations
 import ast
 import pathlib
 
+from flaxmlm import config
+
 PROGRAMS = ("prepare", "preview", "train", "evaluate", "fill_mask")
 
 
 def main() -> None:
+  """Prints the list; the console script `flaxmlm`."""
+  config.run(show)
+
+
+def show() -> None:
   """Prints each program with the first line of its docstring."""
   print("flaxmlm: pretrain masked language models on your own text\n")
   folder = pathlib.Path(__file__).parent

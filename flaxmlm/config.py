@@ -225,7 +225,11 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> ConfigDict:
         " --config.group.key=value"
       )
     name, text = match.groups()
-    values[name] = _parse(text, _key(name, argument), argument)
+    key = _key(name, argument)
+    try:
+      values[name] = _checked(_parse(text, key), key)
+    except ValueError as error:
+      raise InputError(f"{argument}: {error}") from None
   return check_keys(values, where="--config")
 
 
@@ -264,14 +268,14 @@ def _key(name: str, where: str) -> Key:
   raise InputError(f"{where}: unknown key {name}{hint}")
 
 
-def _parse(text: str, key: Key, where: str) -> Any:
+def _parse(text: str, key: Key) -> Any:
   """Reads a value from the command line by the key's type."""
   if key.optional and text == "None":
     return None
   if key.kind is bool:
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() not in values:
-      raise InputError(f"{where}: wants True or False")
+      raise ValueError("wants True or False")
     return values[text.lower()]
   if key.kind is str or (key.kind == "strings" and text[:1] not in "(["):
     return text
@@ -281,7 +285,7 @@ def _parse(text: str, key: Key, where: str) -> Any:
     try:
       return float(text)
     except ValueError:
-      raise InputError(f"{where}: wants {_kind(key)}") from None
+      raise ValueError(f"wants {_kind(key)}") from None
 
 
 def _kind(key: Key) -> str:
@@ -539,7 +543,9 @@ def parser(doc: str | None, *, workdir: bool = True) -> argparse.ArgumentParser:
     "--config", metavar="FILE", help="a Python file like those in configs/"
   )
   result.add_argument(
-    "--print_config", action="store_true", help="print the config and stop"
+    "--print_config",
+    action="store_true",
+    help="print the config, check it and stop",
   )
   if workdir:
     result.add_argument(
@@ -553,8 +559,8 @@ def parse(
 ) -> tuple[argparse.Namespace, ConfigDict]:
   """Returns a program's arguments and its config, checked and validated.
 
-  Without --config, the config of the run in the workdir is taken. Prints the
-  config and exits if `--print_config` is among the arguments.
+  Without --config, the config of the run in the workdir is taken. With
+  `--print_config` prints it first, and exits if it is a good one.
 
   Raises:
     InputError: See `load` and `validate`.
@@ -570,12 +576,13 @@ def parse(
       )
   config = take_architecture(load(path, overrides))
   if args.print_config:
-    print(to_json(config), end="")
-    sys.exit(0)
+    print(to_json(config), end="", flush=True)
   check_json(getattr(args, "json", None))
   workdir = getattr(args, "workdir", None) or ""
   made = os.path.join(workdir, "store", "manifest.json")
   validate(config, sources=not (workdir and os.path.exists(made)))
+  if args.print_config:
+    sys.exit(0)
   return args, config
 
 
@@ -633,11 +640,15 @@ def run(main: Callable[[], None]) -> None:
     stream.reconfigure(errors="replace")  # a terminal without Unicode
   try:
     main()
+    sys.stdout.flush()
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:  # `| head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def markdown() -> Iterator[str]:
