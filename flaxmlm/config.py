@@ -398,6 +398,11 @@ def validate(
     " as wide as model.width; leave it at None",
   )
   need(
+    family != "albert" or c.model.num_hidden_groups <= c.model.layers,
+    f"model.num_hidden_groups={c.model.num_hidden_groups} is more than"
+    f" model.layers={c.model.layers}",
+  )
+  need(
     family != "modernbert" or (c.model.width // c.model.heads) % 2 == 0,
     f"model.width={c.model.width} / model.heads={c.model.heads} is odd; rotary"
     " positions turn pairs",

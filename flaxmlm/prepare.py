@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -454,16 +453,16 @@ def _started(
   partial: str, spec: Mapping, *, say: Callable[[str], None] | None
 ) -> Iterator[None]:
   """Locks the folder of unfinished work, empty unless it is of this spec."""
-  from flaxmlm.data.store import write_atomically
+  from flaxmlm.data.store import lock_file, write_atomically
 
   os.makedirs(partial, exist_ok=True)
-  with open(os.path.join(partial, "lock"), "wb") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise InputError(
-        f"{partial}: another process is making this store; wait for it"
-      ) from error
+  try:
+    lock = lock_file(os.path.join(partial, "lock"))
+  except BlockingIOError as error:
+    raise InputError(
+      f"{partial}: another process is making this store; wait for it"
+    ) from error
+  with lock:
     path = os.path.join(partial, "spec.json")
     text = json.dumps(spec, indent=2).encode()
     old = None
@@ -705,8 +704,9 @@ def _run(tasks: Iterable[_Task], processes: int) -> Iterator[_Done]:
       yield pending.popleft().result()
   except futures.process.BrokenProcessPool as error:
     raise InputError(
-      "a process died, perhaps for want of memory; with fewer of them"
-      " (data.processes) it goes on where it was"
+      "a process died, perhaps for want of memory: with fewer of them"
+      " (data.processes) it goes on where it was; or the program that started"
+      ' it is a script without `if __name__ == "__main__":`'
     ) from error
   finally:
     pool.shutdown(cancel_futures=True)

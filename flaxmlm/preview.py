@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm.training.step import row_keys, run_keys
 
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
-  specials = {n: store.vocab[n] for n in ("pad", "unk", "cls", "sep", "mask")}
   objective = objectives.build(
     c.objective,
     row_length=c.data.row_length,
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     return objective.corrupt(keys, batch)
 
   console = Console()
-  console.print(legend(tokenizer.tokens([specials["mask"]])[0]))
+  console.print(legend(tokenizer.tokens([store.vocab["mask"]])[0]))
   with open(args.json or os.devnull, "w", encoding="utf-8") as file:
     for step in range(int(match[1]), int(match[2])):
       batch = batches.at(
@@ -98,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
       example = jax.device_get(corrupt(step, Batch(*batch)))
       for row in objects(batch, example, step=step):
         if row["row"] < args.rows:
-          show(row, tokenizer.tokens, specials, console)
+          show(row, tokenizer.tokens, store.vocab, console)
         file.write(json.dumps(row) + "\n")
   if args.json:
     print(f"rows: {args.json}")
@@ -159,7 +158,7 @@ def hidden(row: Mapping[str, Any], *, mask: int) -> dict[int, str]:
 def show(
   row: Mapping[str, Any],
   tokens: Callable[[list[int]], list[str]],
-  specials: Mapping[str, int],
+  vocab: Mapping[str, Any],
   console: Console,
 ) -> None:
   """Prints a row: a paragraph a document, hidden tokens marked, the counts.
@@ -170,13 +169,16 @@ def show(
   Args:
     row: One of `objects`.
     tokens: Ids → token strings, as `Tokenizer.tokens`.
-    specials: Ids of the special tokens, among them `pad` and `mask`.
+    vocab: Ids of the special tokens by name, as in `Vocab`.
     console: Where to print.
   """
   from rich.table import Table
   from rich.text import Text
 
-  kinds = hidden(row, mask=specials["mask"])
+  from flaxmlm.objectives import special_ids
+
+  specials = special_ids(vocab)
+  kinds = hidden(row, mask=vocab["mask"])
   originals, shown = tokens(row["original_ids"]), tokens(row["input_ids"])
   texts = [text for _, text in join(originals)]
   documents: dict[int, Text] = {}
@@ -189,16 +191,16 @@ def show(
     if place in kinds:
       text.append(_mark(kinds[place], originals[place], shown[place]))
     else:
-      special = row["original_ids"][place] in specials.values()
+      special = row["original_ids"][place] in specials
       text.append(_printable(texts[place]), style="dim" if special else "")
   padding = row["segments"].count(0)
   if padding:
-    pad = tokens([specials["pad"]])[0]
+    pad = tokens([vocab["pad"]])[0]
     documents[0] = Text(f"+{padding} {pad}", style="dim")
 
   counts = Counter(kinds.values())
   maskable = sum(
-    segment > 0 and token not in specials.values()
+    segment > 0 and token not in specials
     for segment, token in zip(row["segments"], row["original_ids"], strict=True)
   )
   share = f" = {len(kinds) / maskable:.1%}" if maskable else ""

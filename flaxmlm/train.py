@@ -7,12 +7,12 @@ goes on where the run stopped.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
@@ -206,7 +206,6 @@ def main(argv: list[str] | None = None) -> None:
       cost=loop.Cost(tokens=B * L, flops=flops, peak=peak),
     )
   checkpointer.close()
-  lock.close()
 
   # The page, and what to do next.
   after = guesses(state.params)
@@ -222,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
       for old, new in itertools.zip_longest(before, after, fillvalue={})
     ],
   )
+  lock.close()
   print(f"\nreport: {page}")
   if int(state.step) < c.train.steps:
     print(
@@ -244,12 +244,13 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
 
   Raises:
     InputError: Another process trains there, the run that is there was made
-      with another config, or the folder can't be made.
+      with another config, the folder is something else or can't be made.
   """
+  from flaxmlm.data.store import lock_file
+
   try:
     os.makedirs(workdir, exist_ok=True)
-    lock = open(os.path.join(workdir, "lock"), "wb")  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = lock_file(os.path.join(workdir, "lock"))
   except BlockingIOError as error:
     raise InputError(
       f"{workdir}: another process trains there; wait for it, or take another"
@@ -258,13 +259,19 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
   except OSError as error:
     raise InputError(f"--workdir={workdir}: {error.strerror}") from error
   path = os.path.join(workdir, "config.json")
-  if os.path.exists(path) and has_checkpoint(workdir):
+  if os.path.exists(path):
+    try:
+      before = config.from_json(path)
+    except InputError as error:
+      raise InputError(
+        f"--workdir={workdir} isn't the folder of a run: {error}; take another"
+      ) from error
     changed = [
       line
-      for line in config.differences(config.from_json(path), c)
+      for line in config.differences(before, c)
       if not line.startswith(config.FREE_ON_RESUME)
     ]
-    if changed:
+    if changed and has_checkpoint(workdir):
       raise InputError(
         f"{workdir} has a run with another config: {'; '.join(changed)}; take"
         " these back, or another --workdir"
@@ -315,13 +322,14 @@ def open_data(
 ) -> tuple[TokenStore, list[RowPlan], RowPlan]:
   """Returns a run's store, its training plans and its validation plan.
 
-  The store is made when it is missing; one that is there is taken, so that a
-  run can be used where its text isn't. There is one training plan, or one a
-  source if the sources have weights.
+  The store is made when it is missing. That of a run with a checkpoint is
+  taken as it is, so that the run can be used where its text isn't. There is one
+  training plan, or one a source if the sources have weights.
 
   Raises:
-    InputError: A key about the text or the tokenizer was set to something else
-      than what the store was made with, or the weights don't fit its sources.
+    InputError: The store was made with another text, or a key about the text or
+      the tokenizer was set to something else than what `data.store` was made
+      with, or the weights don't fit its sources.
   """
   from flaxmlm import prepare
   from flaxmlm.data import rows
@@ -330,23 +338,13 @@ def open_data(
   own = os.path.join(workdir, "store")
   if c.data.store is not None:
     store = open_store(c.data.store)
-  elif os.path.exists(os.path.join(own, "manifest.json")):
+  elif has_checkpoint(workdir):
     store = open_store(own)
   else:
     store = prepare.prepare_store(c, own)
-  spec, values = store.manifest["spec"], config.to_flat(c)
-  for name, value in values.items():
-    if (
-      name in spec
-      and name not in ("data.source", "data.validation_source")
-      and name != "tokenizer.path"
-      and value != config.KEYS[name].default
-      and value != spec[name]
-    ):
-      raise InputError(
-        f"{store.folder} was made with {name}={spec[name]!r}, not {value!r};"
-        " leave the key out, or make another store"
-      )
+  spec = store.manifest["spec"]
+  if c.data.store is not None:
+    check_spec(spec, c)
   weights, texts = c.data.weights, spec["data.source"]
   if weights and len(weights) != len(texts):
     raise InputError(
@@ -356,6 +354,22 @@ def open_data(
   sources = range(len(weights)) if weights else [None]
   plans = [rows.load(store, "train", L, source=s) for s in sources]
   return store, plans, rows.load(store, "validation", L)
+
+
+def check_spec(spec: Mapping[str, Any], c: ConfigDict) -> None:
+  """Raises InputError if a key contradicts what `data.store` was made with."""
+  for name, value in config.to_flat(c).items():
+    if (
+      name in spec
+      and name not in ("data.source", "data.validation_source")
+      and name != "tokenizer.path"
+      and value != config.KEYS[name].default
+      and value != spec[name]
+    ):
+      raise InputError(
+        f"{c.data.store} was made with {name}={spec[name]!r}, not {value!r};"
+        " leave the key out, or make another store"
+      )
 
 
 if __name__ == "__main__":

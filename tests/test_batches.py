@@ -1,6 +1,8 @@
 """Batches: a pure function of (seed, step), every row once an epoch."""
 
+import glob
 import math
+import os
 from collections import Counter
 
 import numpy as np
@@ -198,6 +200,16 @@ def test_a_kept_plan_is_the_plan(made):
     rows.load(made, "train", 48)[2:], again[2:], strict=True
   ):
     assert np.array_equal(kept, new)
+
+
+def test_a_damaged_plan_is_made_again(made):
+  want = rows.load(made, "train", 40)
+  kept = glob.glob(os.path.join(made.folder, "rows", "train-40-*"))[0]
+  for size in (0, 100):
+    os.truncate(os.path.join(kept, "row_start.npy"), size)
+    np.testing.assert_array_equal(
+      rows.load(made, "train", 40).row_start, want.row_start
+    )
 
 
 def test_a_source_without_rows_is_refused(made):

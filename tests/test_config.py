@@ -71,6 +71,10 @@ def test_weights_are_a_tuple_of_floats():
     ),
     (["data.weights=(1,2)"], "2 numbers for 1 sources"),
     (["train=5"], "unknown key train"),
+    (
+      ["model.family=albert", "model.layers=2", "model.num_hidden_groups=3"],
+      "num_hidden_groups=3 is more than model.layers=2",
+    ),
   ],
 )
 def test_a_bad_key_is_one_line_that_names_it(overrides, words):

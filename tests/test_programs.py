@@ -175,6 +175,30 @@ def test_another_store_is_refused(run, tmp_path):
   assert "was made with tokenizer.vocab_size=2048, not 77" in error
 
 
+def test_a_store_of_another_text_is_not_taken_for_this_one(tmp_path):
+  text = "\n".join(
+    f"The number {i} is followed by {i + 1}." for i in range(300)
+  )
+  for name in ("one", "other"):
+    (tmp_path / f"{name}.txt").write_text(f"{text}\nThis is {name}.\n")
+  workdir = tmp_path / "run"
+  line = [*SHORT, "--config.data.document=line"]
+  line += ["--config.tokenizer.vocab_size=100"]
+  one = f"--config.data.source={tmp_path}/one.txt"
+  program("prepare", *line, one, f"--out={workdir}/store")
+  line += [f"--config.data.source={tmp_path}/other.txt"]
+  error = program("train", *line, f"--workdir={workdir}", code=2)
+  assert "holds the store of another config" in error
+
+
+def test_the_folder_of_a_model_is_no_workdir(tmp_path):
+  path = tmp_path / "config.json"
+  path.write_text('{"model_type": "bert"}')
+  error = program("train", *SHORT, f"--workdir={tmp_path}", code=2)
+  assert "isn't the folder of a run" in error
+  assert path.read_text() == '{"model_type": "bert"}'
+
+
 def test_evaluate_agrees_with_the_run(run, tmp_path):
   figures = tmp_path / "figures.json"
   program("evaluate", f"--workdir={run}", "--rows=64", f"--json={figures}")

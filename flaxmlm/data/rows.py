@@ -138,7 +138,8 @@ def load(
   """Returns the plan of a split, from the store's folder where it is kept.
 
   A plan is made once and kept in the store's `rows/` under a name with the
-  manifest's hash. Where the store can't be written to, it is made each time.
+  manifest's hash. Where the store can't be written to, it is made each time; so
+  is one that can't be read.
 
   Args:
     store: An open store.
@@ -158,17 +159,21 @@ def load(
     f"{split}-{row_length}-{which}-{store.hash[:16]}-v{_VERSION}",
   )
   names = RowPlan._fields[2:]
-  if not os.path.isdir(folder):
-    made = plan(offsets, row_length, split=split)
-    with contextlib.suppress(OSError):
-      _keep(folder, {name: getattr(made, name) for name in names})
-    return made
-  arrays = (
-    np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
-    for name in names
-  )
-  # Plain views: indexing a np.memmap object costs several times as much.
-  return RowPlan(split, row_length, *(a.view(np.ndarray) for a in arrays))
+  if os.path.isdir(folder):
+    try:
+      arrays = [
+        np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+        for name in names
+      ]
+      # Plain views: indexing a np.memmap object costs several times as much.
+      return RowPlan(split, row_length, *(a.view(np.ndarray) for a in arrays))
+    except (OSError, ValueError, EOFError) as error:
+      print(f"{folder}: damaged ({error}); made again")
+      shutil.rmtree(folder, ignore_errors=True)
+  made = plan(offsets, row_length, split=split)
+  with contextlib.suppress(OSError):
+    _keep(folder, {name: getattr(made, name) for name in names})
+  return made
 
 
 def _keep(folder: str, arrays: dict[str, np.ndarray]) -> None:

@@ -21,13 +21,14 @@ alone, so the store is the same for any number of processes.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -170,6 +171,28 @@ def write_atomically(path: str, data: bytes) -> None:
   with open(f"{path}.tmp", "wb") as file:
     file.write(data)
   os.replace(f"{path}.tmp", path)
+
+
+def lock_file(path: str) -> IO[bytes]:
+  """Locks a file, made if need be, until it is closed or the process ends.
+
+  On a file system that knows no locks it goes on without, and says so.
+
+  Raises:
+    BlockingIOError: Another process holds the lock.
+  """
+  lock = open(path, "wb")  # noqa: SIM115
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    lock.close()
+    raise
+  except OSError as error:
+    print(
+      f"{path}: this file system has no locks ({error.strerror}); see that no"
+      " other process writes there"
+    )
+  return lock
 
 
 def save_shard(path: str, shard: Shard, key: str) -> None:

@@ -19,7 +19,6 @@ def build(
     bert.Encoder(vocab_size, o, dtype),
     bert.make_head(o, vocab_size, dtype, activation=o["hidden_act"]),
     vocab_size=vocab_size,
-    pooler=None,
     flops=bert.make_flops(o, vocab_size),
     token_types=o["segment_types"],
   )

@@ -43,13 +43,13 @@ class Model(NamedTuple):
     encode: `(params, inputs, dropout_keys) -> hidden [B L D]`. One dropout key
       a row makes a row's dropout the same in any batch; None means none.
     predict: `(params, hidden [B M D]) -> logits [B M V]`, in compute dtype.
-    pool: `(params, hidden [B L D]) -> [B D]`; None in a family without pooler.
     flops: `(row_length, slots) -> float`: model FLOPs of one row, forward and
       backward, counted as two a multiply-add.
     token_types: How many values `Inputs.token_types` may take; 0 if the model
       doesn't look at them.
     skips_padding: Whether padding has no position of its own: tokens are
       counted from 0 over what isn't [PAD], which itself stands at -1 (RoBERTa).
+    pool: `(params, hidden [B L D]) -> [B D]`; None in a family without pooler.
   """
 
   init: Callable[..., Params]
@@ -57,10 +57,12 @@ class Model(NamedTuple):
     [Params, Inputs, Key[Array, " B"] | None], Float[Array, "B L D"]
   ]
   predict: Callable[[Params, Float[Array, "B M D"]], Float[Array, "B M V"]]
-  pool: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B D"]] | None
   flops: Callable[[int, int], float]
   token_types: int
   skips_padding: bool = False
+  pool: (
+    Callable[[Params, Float[Array, "B L D"]], Float[Array, "B D"]] | None
+  ) = None
 
 
 def assemble(
@@ -68,10 +70,10 @@ def assemble(
   head: nn.Module,
   *,
   vocab_size: int,
-  pooler: nn.Module | None,
   flops: Callable[[int, int], float],
   token_types: int,
   skips_padding: bool = False,
+  pooler: nn.Module | None = None,
 ) -> Model:
   """Returns the model of two Flax modules.
 
@@ -80,10 +82,10 @@ def assemble(
       at `embeddings/word/embedding`.
     head: `(hidden [T D], table [V E]) -> logits [T V]`.
     vocab_size: V.
-    pooler: `(hidden [B L D]) -> [B D]`.
     flops: See `Model`; so are the others.
     token_types: See `Model`.
     skips_padding: See `Model`.
+    pooler: `(hidden [B L D]) -> [B D]`.
   """
 
   def init(key: Key[Array, ""], heads: Sequence[str] = ("mlm",)) -> Params:
@@ -123,10 +125,10 @@ def assemble(
     init,
     encode,
     predict,
-    pool if pooler else None,
     flops,
     token_types,
     skips_padding,
+    pool if pooler else None,
   )
 
 

@@ -175,7 +175,6 @@ def build(
     Encoder(vocab_size, o, dtype),
     head,
     vocab_size=vocab_size,
-    pooler=None,
     flops=flops,
     token_types=o["segment_types"],
   )

@@ -125,8 +125,12 @@ def replace(
     return kind, jax.random.randint(token_key, (M,), 0, ordinary)
 
   kind, token = jax.vmap(draw)(keys)
-  for special in forbidden:  # the n-th ordinary token
-    token = token + (token >= special)
+  # The n-th ordinary token comes after the special ones that have fewer than n
+  # ordinary ones before them.
+  before = forbidden - jnp.arange(forbidden.shape[0])
+  token = token + jnp.searchsorted(
+    before, token, side="right", method="compare_all"
+  )
   by_chance = jnp.where(kind < mask_share + random_share, token, targets)
   return jnp.where(kind < mask_share, mask, by_chance)
 

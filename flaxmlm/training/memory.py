@@ -1,4 +1,4 @@
-"""How the memory of a process is allocated on a CPU."""
+"""How a process gets its memory: huge pages for XLA's arrays on a CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def use_huge_pages() -> None:
   glibc reads the setting when a process starts and never again (glibc manual,
   "Memory Allocation Tunables").
 
-  Does nothing if the setting is made already, or if there is no glibc. To be
-  called first of all in a program: what it did before is lost.
+  Does nothing if the setting is made already, if there is no glibc, or if this
+  program isn't what the process was started for by `python -m` (a notebook's
+  kernel would start again). The processes that it starts don't inherit the
+  setting. To be called first of all: what the program did before is lost.
   """
   try:
     os.confstr("CS_GNU_LIBC_VERSION")
@@ -28,6 +30,16 @@ def use_huge_pages() -> None:
     return
   given = os.environ.get(_TUNABLES, "")
   if "glibc.malloc.hugetlb" in given:
+    rest = [part for part in given.split(":") if part != _HUGE_PAGES]
+    os.environ[_TUNABLES] = ":".join(rest)
+    return
+  module = sys.modules["__main__"].__spec__
+  if module is None or ["-m", module.name] not in [
+    sys.orig_argv[i : i + 2] for i in range(len(sys.orig_argv))
+  ]:
     return
   os.environ[_TUNABLES] = ":".join(filter(None, [given, _HUGE_PAGES]))
-  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  try:
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  except OSError:  # slower, and no more than that
+    os.environ[_TUNABLES] = given
