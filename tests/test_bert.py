@@ -195,3 +195,15 @@ def test_flops_are_those_that_xla_counts():
   ratio = cost["flops"] / (model.flops(length, slots) * rows / 3)
   # XLA counts the elementwise work too, which is little at this width.
   assert 1.0 < ratio < 1.05
+
+
+def test_gelu_and_its_gradient_are_those_of_float64():
+  from flaxmlm.models.layers import ACTIVATIONS
+
+  x = np.linspace(-6, 6, 1201)
+  cdf = np.array([0.5 * math.erfc(-v * math.sqrt(0.5)) for v in x])
+  density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+  gelu, given = ACTIVATIONS["gelu"], jnp.asarray(x, jnp.float32)
+  np.testing.assert_allclose(gelu(given), x * cdf, atol=5e-7)
+  slope = jax.vmap(jax.grad(gelu))(given)
+  np.testing.assert_allclose(slope, cdf + x * density, atol=5e-7)

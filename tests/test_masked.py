@@ -10,6 +10,7 @@ import pytest
 from flaxmlm import objectives
 from flaxmlm.models import Model
 from flaxmlm.objectives import Batch, masked
+from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.training.step import row_keys
 
 V, L = 200, 64
@@ -170,7 +171,8 @@ def test_loss_is_the_cross_entropy_of_the_used_slots():
     flops=lambda row_length, slots: 0.0,
     token_types=0,
   )
-  sums = masked.loss(model, {}, example, None)
+  given = jax.tree.map(jnp.asarray, example)
+  sums = masked.loss(model, {}, given, None)
   x = logits.astype(np.float64)
   p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
   nll = correct = 0.0
@@ -181,3 +183,21 @@ def test_loss_is_the_cross_entropy_of_the_used_slots():
   np.testing.assert_allclose(sums["nll"], nll, rtol=1e-6)
   assert sums["correct"] == correct
   assert sums["weight"] == example.weights.sum()
+
+
+def test_cross_entropy_and_its_gradient_are_those_of_float64():
+  random = np.random.default_rng(1)
+  logits = 30 * random.normal(size=(3, 5, 17))
+  targets = random.integers(0, 17, (3, 5))
+  weights = random.random((3, 5))
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  hot = np.eye(17)[targets]
+
+  def loss(x):
+    nll = cross_entropy(x, jnp.asarray(targets))
+    return jnp.sum(nll * jnp.asarray(weights, jnp.float32))
+
+  got, slope = jax.value_and_grad(loss)(jnp.asarray(logits, jnp.float32))
+  want = -(np.log((p * hot).sum(-1)) * weights).sum()
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  np.testing.assert_allclose(slope, (p - hot) * weights[..., None], atol=5e-6)

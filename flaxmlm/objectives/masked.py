@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxmlm.models.model import Inputs, Model, Params
+from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.objectives.objective import (
   Batch,
   Example,
@@ -144,9 +145,8 @@ def loss(
   """Returns Σ nll·w, Σ w and Σ correct·w over the slots, in float32."""
   hidden = model.encode(params, example.inputs, dropout_keys)
   hidden = jnp.take_along_axis(hidden, example.slots[..., None], axis=1)
-  logits = model.predict(params, hidden).astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, example.targets[..., None], axis=-1)
-  nll = jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
+  logits = model.predict(params, hidden)
+  nll = cross_entropy(logits, example.targets)
   correct = jnp.argmax(logits, axis=-1) == example.targets
   return {
     "nll": jnp.sum(nll * example.weights),
