@@ -1,11 +1,15 @@
 """Training speed against Hugging Face torch, interleaved in one run.
 
-  python -m benchmarks.train_step [--quick] [--json]
+  python -m benchmarks.train_step [--shape=NAME ...] [--quick] [--json]
 
-BERT 4x256, vocabulary 30,522, rows of 128, 15 % masked, AdamW with clipping,
-no dropout, float32. The peer is `BertForMaskedLM` with fused AdamW and SDPA
-attention, given the same rows; its labels are -100 where nothing is asked. It
-computes logits for every token, as it always does. Needs the extra `hf`.
+Whole steps: forward, backward, clipping, AdamW; vocabulary 30,522 (ModernBERT:
+50,368), 15 % masked, no dropout, rows full of documents. The peers are
+`BertForMaskedLM` and `ModernBertForMaskedLM` with SDPA attention and fused
+AdamW, given the same rows, as they are and by `torch.compile`; labels are -100
+where nothing is asked. BERT there computes logits for every token, as it always
+does; ModernBERT has `sparse_prediction`. "unpacked" is what torch does with
+ModernBERT's short documents when each has a row of its own: no attention is
+wasted on neighbours. Only documents' tokens are counted. Needs the extra `hf`.
 
 Both run in huge pages, as `flaxmlm.train` does; `--small_pages` shows what that
 is worth.
@@ -16,6 +20,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,45 +31,88 @@ from flaxmlm.objectives import Batch
 from flaxmlm.training import memory, metrics, optimizers, sharding
 from flaxmlm.training.step import make_init, make_train_step
 
-V, L, B = 30_522, 128, 32
 SPECIALS = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
-SHAPE = {
-  "model.layers": 4,
-  "model.width": 256,
-  "model.heads": 4,
-  "model.ffn": 1024,
-  "model.dropout": 0.0,
-  "model.attention_dropout": 0.0,
-  "data.row_length": L,
-  "train.batch_size": B,
+Run = Callable[[int], None]
+
+
+class Shape(NamedTuple):
+  """A model and its batch: `rows` of `length` tokens in `documents` each."""
+
+  family: str
+  layers: int
+  width: int
+  heads: int
+  ffn: int
+  vocab: int
+  rows: int
+  length: int
+  documents: int
+
+
+MINI = ("bert", 4, 256, 4, 1024, 30_522)
+BASE = ("bert", 12, 768, 12, 3072, 30_522)
+MODERN = ("modernbert", 22, 768, 12, 1152, 50_368)
+SHAPES = {
+  "bert_4x256_L128": Shape(*MINI, rows=32, length=128, documents=2),
+  "bert_4x256_L512": Shape(*MINI, rows=8, length=512, documents=3),
+  "bert_12x768_L128": Shape(*BASE, rows=8, length=128, documents=2),
+  "bert_12x768_L512": Shape(*BASE, rows=2, length=512, documents=3),
+  "modernbert_22x768_L1024": Shape(*MODERN, rows=1, length=1024, documents=5),
 }
 
 
 def main() -> None:
   parser = report.parser(__doc__)
   parser.add_argument("--small_pages", action="store_true")
+  parser.add_argument(
+    "--shape", action="append", choices=SHAPES, help="by default the first"
+  )
   args = parser.parse_args()
   if not args.small_pages:
     memory.use_huge_pages()
-  rounds, steps = (3, 4) if args.quick else (9, 10)
+  for name in args.shape or list(SHAPES)[:1]:
+    print(f"{name}")
+    figures = measure(SHAPES[name], quick=args.quick)
+    report.finish(
+      args,
+      f"train_step-{name}",
+      figures | {"huge_pages": not args.small_pages},
+      packages=["flaxmlm", "jax", "flax", "optax", "torch", "transformers"],
+    )
 
-  ours, flops = make_ours()
+
+def measure(shape: Shape, *, quick: bool) -> dict[str, Any]:
+  """Times the peers in turn, so that a drifting machine is fair."""
+  tokens = shape.rows * shape.length
+  # Rounds of about four seconds.
+  steps = max(1, round(10 * 4096 * 1.1e7 / (tokens * parameters(shape))))
+  rounds, steps = (3, max(1, steps // 3)) if quick else (9, steps)
+  began = time.perf_counter()
+  ours, flops = make_ours(shape)
+  compiled = time.perf_counter() - began
   peers = {"flaxmlm float32": ours}
-  peers["torch float32"] = make_torch("float32")
-  if has_bfloat16():
-    peers["torch bfloat16"] = make_torch("bfloat16")
-  else:
+  packings = ("", " unpacked") if shape.family == "modernbert" else ("",)
+  for dtype in ("float32", "bfloat16") if has_bfloat16() else ("float32",):
+    for packing in packings:
+      for compile in ("", " compiled"):
+        peers[f"torch {dtype}{packing}{compile}"] = make_torch(
+          shape, dtype, packed=not packing, compile=bool(compile)
+        )
+  if not has_bfloat16():
     print("torch bfloat16: left out, this CPU has no instructions for it")
   speeds: dict[str, list[float]] = {name: [] for name in peers}
-  for _ in range(rounds):  # in turn, so that a drifting machine is fair
+  for _ in range(rounds):
     for name, run in peers.items():
       start = time.perf_counter()
       run(steps)
-      speeds[name].append(steps * B * L / (time.perf_counter() - start))
+      speeds[name].append(steps * tokens / (time.perf_counter() - start))
   peak = metrics.peak_flops("float32").flops
 
   median = {name: statistics.median(s) for name, s in speeds.items()}
   mine = median["flaxmlm float32"]
+  plain = max(
+    v for n, v in median.items() if "torch float32" in n and "comp" not in n
+  )
   best = max(v for name, v in median.items() if name.startswith("torch"))
   report.table(
     [
@@ -78,21 +126,24 @@ def main() -> None:
       for name, speed in speeds.items()
     ]
   )
-  report.finish(
-    args,
-    "train_step",
-    {
-      "tokens_per_second": median,
-      "ratio_to_torch_float32": mine / median["torch float32"],
-      "ratio_to_torch_best": mine / best,
-      "matmul_peak_gflops": peak / 1e9,
-      "share_of_peak": mine / (B * L) * flops / peak,
-      "huge_pages": not args.small_pages,
-      "rounds": rounds,
-      "steps_a_round": steps,
-    },
-    packages=["flaxmlm", "jax", "flax", "optax", "torch", "transformers"],
-  )
+  return {
+    "shape": shape._asdict(),
+    "tokens_per_second": median,
+    "ratio_to_torch_float32": mine / plain,
+    "ratio_to_torch_best": mine / best,
+    "matmul_peak_gflops": peak / 1e9,
+    "share_of_peak": mine / tokens * flops / peak,
+    "first_steps_seconds": compiled,
+    "rounds": rounds,
+    "steps_a_round": steps,
+  }
+
+
+def parameters(shape: Shape) -> float:
+  """Returns about how many weights a token meets, for the rounds' length."""
+  ffn = 3 if shape.family == "modernbert" else 2
+  layer = 4 * shape.width**2 + ffn * shape.width * shape.ffn
+  return shape.layers * layer + shape.width * shape.vocab
 
 
 def has_bfloat16() -> bool:
@@ -102,17 +153,39 @@ def has_bfloat16() -> bool:
   return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def rows() -> tuple[np.ndarray, np.ndarray]:
-  """Returns ids and segments of full rows of two documents."""
+def make_rows(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns ids, segments and positions of full rows, [B L]."""
   random = np.random.default_rng(0)
-  ids = random.integers(1000, V, (B, L)).astype(np.int32)
-  ids[:, [0, 64]], ids[:, [63, L - 1]] = SPECIALS["cls"], SPECIALS["sep"]
-  return ids, np.repeat([[1] * 64 + [2] * 64], B, 0).astype(np.int32)
+  ids = random.integers(1000, shape.vocab, (shape.rows, shape.length))
+  pieces = np.array_split(np.arange(shape.length), shape.documents)
+  segments = np.repeat(range(1, shape.documents + 1), [*map(len, pieces)])
+  positions = np.concatenate([np.arange(len(piece)) for piece in pieces])
+  for piece in pieces:
+    ids[:, piece[0]], ids[:, piece[-1]] = SPECIALS["cls"], SPECIALS["sep"]
+  every = (shape.rows, 1)
+  return (
+    ids.astype(np.int32),
+    np.tile(segments.astype(np.int32), every),
+    np.tile(positions.astype(np.int32), every),
+  )
 
 
-def make_ours() -> tuple[Callable[[int], None], float]:
+def make_ours(shape: Shape) -> tuple[Run, float]:
   """Returns what runs N of our steps, and the model FLOPs of one."""
-  c = config.check_keys(SHAPE, where="benchmark")
+  B, L, V = shape.rows, shape.length, shape.vocab
+  keys = {
+    "model.family": shape.family,
+    "model.layers": shape.layers,
+    "model.width": shape.width,
+    "model.heads": shape.heads,
+    "model.ffn": shape.ffn,
+    "model.dropout": 0.0,
+    "model.attention_dropout": 0.0,
+    "model.max_positions": max(512, L),
+    "data.row_length": L,
+    "train.batch_size": B,
+  }
+  c = config.check_keys(keys, where="benchmark")
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   model = models.build(c.model, vocab_size=V, dtype="float32")
   objective = objectives.build(
@@ -129,8 +202,7 @@ def make_ours() -> tuple[Callable[[int], None], float]:
     state_sharding=places,
     microbatches=1,
   )
-  ids, segments = rows()
-  positions = np.tile(np.arange(64, dtype=np.int32), (B, 2))
+  ids, segments, positions = make_rows(shape)
   batch = Batch(
     ids, segments, positions, np.ones((B, L), np.uint8), np.arange(B)
   )
@@ -146,36 +218,58 @@ def make_ours() -> tuple[Callable[[int], None], float]:
   return run, model.flops(L, objective.slots) * B
 
 
-def make_torch(dtype: str) -> Callable[[int], None]:
-  """Returns what runs N steps of Hugging Face's BERT in torch."""
+def make_torch(shape: Shape, dtype: str, *, packed: bool, compile: bool) -> Run:
+  """Returns what runs N steps of Hugging Face's model in torch."""
   import torch
-  from transformers import BertConfig, BertForMaskedLM
+  import transformers
 
-  model = BertForMaskedLM(
-    BertConfig(
-      vocab_size=V,
-      hidden_size=256,
-      num_hidden_layers=4,
-      num_attention_heads=4,
-      intermediate_size=1024,
-      hidden_dropout_prob=0.0,
-      attention_probs_dropout_prob=0.0,
-      attn_implementation="sdpa",
+  shared = {
+    "vocab_size": shape.vocab,
+    "hidden_size": shape.width,
+    "num_hidden_layers": shape.layers,
+    "num_attention_heads": shape.heads,
+    "intermediate_size": shape.ffn,
+    "attn_implementation": "sdpa",
+  }
+  if shape.family == "modernbert":
+    model = transformers.ModernBertForMaskedLM(
+      transformers.ModernBertConfig(sparse_prediction=True, **shared)
     )
-  ).train()
+  else:
+    model = transformers.BertForMaskedLM(
+      transformers.BertConfig(
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shared
+      )
+    )
+  model.train()
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-  ids = torch.tensor(rows()[0], dtype=torch.long)
+  rows, segments, _ = make_rows(shape)
+  documents = list(rows)
+  if not packed:
+    documents = [
+      row[own == number]
+      for row, own in zip(rows, segments, strict=True)
+      for number in range(1, shape.documents + 1)
+    ]
+  valid, ids = (
+    torch.nn.utils.rnn.pad_sequence(
+      [torch.tensor(x, dtype=torch.long) for x in some], batch_first=True
+    )
+    for some in ([np.ones(len(d)) for d in documents], documents)
+  )
+  given = {} if bool(valid.all()) else {"attention_mask": valid}
   random = torch.Generator().manual_seed(0)
-  hidden = torch.rand(ids.shape, generator=random) < 0.15
+  hidden = (torch.rand(ids.shape, generator=random) < 0.15) & (valid > 0)
   labels = torch.where(hidden, ids, -100)
   shown = torch.where(hidden, SPECIALS["mask"], ids)
   half = dtype == "bfloat16"
+  called = torch.compile(model) if compile else model
 
   def run(steps: int) -> None:
     for _ in range(steps):
       optimizer.zero_grad(set_to_none=True)
       with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = model(input_ids=shown, labels=labels).loss
+        loss = called(input_ids=shown, labels=labels, **given).loss
       loss.backward()
       torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
       optimizer.step()
