@@ -94,6 +94,7 @@ KEYS: dict[str, Key] = {
   "model.local_attention": Key(128, int, "ModernBERT: window of the other layers, half of it to each side.", unit="tokens", low=2),
   "model.global_rope_theta": Key(160_000.0, float, "ModernBERT: rotary base of the layers that see everything.", low=1),
   "model.local_rope_theta": Key(10_000.0, float, "ModernBERT: rotary base of the others.", low=1),
+  "model.attention": Key("auto", str, "What computes attention (docs/attention.md): `xla` runs everywhere, `splash` on TPUs, `cudnn` on NVIDIA's GPUs in bfloat16; `auto` takes the best that can. No part of what a model is: another machine may take another.", choices=("auto", "xla", "splash", "cudnn")),
   "model.dropout": Key(0.1, float, "Dropout of embeddings and layer outputs, in steps of 1/256.", low=0, high=0.9),
   "model.attention_dropout": Key(0.1, float, "Dropout of attention probabilities, in steps of 1/256.", low=0, high=0.9),
   "model.norm_eps": Key(1e-12, float, "Epsilon of LayerNorm.", low=1e-20, high=1),
@@ -140,6 +141,7 @@ KEYS: dict[str, Key] = {
 # What a run may be resumed with changed: nothing that it computes hangs on it.
 FREE_ON_RESUME = (
   "mesh.",
+  "model.attention=",
   "train.microbatches",
   "data.processes",
   "eval.",
@@ -621,7 +623,7 @@ def take_architecture(config: ConfigDict) -> ConfigDict:
   values = to_flat(config)
   for name, value in found.items():
     key = f"model.{name}"
-    if name in ("init_from", "dropout", "attention_dropout"):
+    if name in ("init_from", "attention", "dropout", "attention_dropout"):
       continue
     if values[key] not in (KEYS[key].default, value):
       raise InputError(

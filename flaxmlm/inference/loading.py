@@ -292,7 +292,8 @@ def load(folder: str) -> LoadedModel:
     config = json.load(file)
   tokenizer = tokenizers.load(os.path.join(folder, "tokenizer"))
   model = models.build(
-    config["model"],
+    # The backend was chosen for the machine that trained.
+    config["model"] | {"attention": "auto"},
     vocab_size=tokenizer.vocab.size,
     dtype=config["train"]["dtype"],
   )

@@ -93,6 +93,7 @@ class Layer(nn.Module):
       linear("key", o["width"], x).reshape(B, L, H, K),
       linear("value", o["width"], x).reshape(B, L, H, K),
       inputs.segments,
+      backend=o["attention"],
       dropout_keys=dropout_keys,
       dropout_rate=o["attention_dropout"],
       site=site,

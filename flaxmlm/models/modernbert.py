@@ -83,6 +83,7 @@ class Layer(nn.Module):
       rotate(key, inputs.positions, theta),
       value,
       inputs.segments,
+      backend=o["attention"],
       window=window,
       dropout_keys=dropout_keys,
       dropout_rate=o["attention_dropout"],
