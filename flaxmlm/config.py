@@ -141,7 +141,7 @@ KEYS: dict[str, Key] = {
 # What a run may be resumed with changed: nothing that it computes hangs on it.
 FREE_ON_RESUME = (
   "mesh.",
-  "model.attention=",
+  "model.attention:",
   "train.microbatches",
   "data.processes",
   "eval.",
@@ -408,6 +408,28 @@ def validate(
     family != "modernbert" or (c.model.width // c.model.heads) % 2 == 0,
     f"model.width={c.model.width} / model.heads={c.model.heads} is odd; rotary"
     " positions turn pairs",
+  )
+  backend = c.model.attention
+  need(
+    backend in ("auto", "xla") or c.model.attention_dropout == 0,
+    f"model.attention={backend} has no dropout; set model.attention_dropout=0,"
+    " or take auto or xla",
+  )
+  need(
+    backend != "splash" or c.data.row_length >= 512,
+    f"model.attention=splash, but data.row_length={c.data.row_length} is less"
+    " than 512; take auto or xla",
+  )
+  need(
+    backend != "cudnn" or c.train.dtype == "bfloat16",
+    f"model.attention=cudnn can't compute in {c.train.dtype}; set"
+    " train.dtype=bfloat16, or take auto or xla",
+  )
+  size = c.model.width // c.model.heads
+  need(
+    backend != "cudnn" or (size % 8 == 0 and size <= 128),
+    f"model.attention=cudnn wants heads of a multiple of 8 up to 128, not"
+    f" {size} (model.width / model.heads); take auto or xla",
   )
   need(
     c.data.row_length <= c.model.max_positions,

@@ -58,6 +58,25 @@ def test_weights_are_a_tuple_of_floats():
     (["tokenizer.path=nowhere"], "tokenizer.path=nowhere: no such file"),
     (["model.heads=7"], "model.heads=7 doesn't divide model.width=768"),
     (["data.row_length=1024"], "longer than model.max_positions=512"),
+    (["model.attention=flash"], "wants one of auto, xla, splash, cudnn"),
+    (["model.attention=splash"], "set model.attention_dropout=0"),
+    (
+      ["model.attention=splash", "model.attention_dropout=0"],
+      "data.row_length=128 is less than 512",
+    ),
+    (
+      ["model.attention=cudnn", "model.attention_dropout=0"],
+      "set train.dtype=bfloat16",
+    ),
+    (
+      [
+        "model.attention=cudnn",
+        "model.attention_dropout=0",
+        "train.dtype=bfloat16",
+        "model.heads=4",
+      ],
+      "not 192 (model.width / model.heads)",
+    ),
     (["tokenizer.vocab_size=4"], "tokenizer.vocab_size=4: must be at least 8"),
     (["train.batch_size=250"], "doesn't divide by the 8 devices"),
     (["train.microbatches=3"], "train.microbatches=3 doesn't divide"),

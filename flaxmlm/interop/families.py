@@ -267,7 +267,12 @@ FAMILIES: dict[str, Family] = {
   ),
 }
 # Keys that a family doesn't have; DistilBERT's norm_eps stands in its code.
-_OTHERS = {"segment_types": None, "embedding_size": None, "norm_eps": 1e-12}
+_OTHERS = {
+  "segment_types": None,
+  "embedding_size": None,
+  "attention": "auto",
+  "norm_eps": 1e-12,
+}
 # RoBERTa under other names.
 _SAME = {"xlm-roberta": "roberta", "camembert": "roberta"}
 # Ours by theirs.

@@ -144,7 +144,7 @@ def choose_backend(
 
 def _splash_obstacle(platform: str, length: int, drops: bool) -> str | None:
   if platform != "tpu":
-    return f"splash attention runs on a TPU, and this is a {platform}"
+    return f"it runs on a TPU, and this is a {platform}"
   if length < SPLASH_MIN_LENGTH:
     return f"rows of {length} tokens are shorter than {SPLASH_MIN_LENGTH}"
   return _dropout_obstacle(drops)
@@ -154,9 +154,9 @@ def _cudnn_obstacle(
   platform: str, head_size: int, dtype: str, drops: bool
 ) -> str | None:
   if platform != "gpu":
-    return f"cuDNN runs on a GPU of NVIDIA's, and this is a {platform}"
+    return f"it runs on NVIDIA's GPUs, and this is a {platform}"
   if dtype not in CUDNN_DTYPES:
-    return f"cuDNN has no attention in {dtype}; set train.dtype=bfloat16"
+    return f"it can't compute in {dtype}; set train.dtype=bfloat16"
   if head_size % 8 or head_size > CUDNN_MAX_HEAD:
     return (
       f"heads of {head_size} (model.width / model.heads) aren't a multiple of 8"

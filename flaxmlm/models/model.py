@@ -79,7 +79,7 @@ def assemble(
 
   Args:
     encoder: `(inputs, dropout_keys) -> hidden [B L D]`, whose embeddings are
-      at `embeddings/word/embedding`.
+      at `embeddings/word/embedding` and whose `options` are a FrozenDict.
     head: `(hidden [T D], table [V E]) -> logits [T V]`.
     vocab_size: V.
     flops: See `Model`; so are the others.
@@ -93,7 +93,9 @@ def assemble(
     pooler_key = jax.random.fold_in(mlm_key, 1)
     row = jnp.zeros((1, 1), jnp.int32)
     inputs = Inputs(row, row, row, row)
-    hidden, variables = encoder.init_with_output(encoder_key, inputs, None)
+    # No parameter hangs on the backend, and a row of one is too short for most.
+    plain = encoder.clone(options=encoder.options.copy({"attention": "xla"}))
+    hidden, variables = plain.init_with_output(encoder_key, inputs, None)
     params = {"encoder": variables["params"]}
     if "mlm" in heads:
       variables = head.init(mlm_key, hidden.reshape(1, -1), _table(params))

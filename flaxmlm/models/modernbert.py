@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from flaxmlm.models.attention import attend
@@ -28,22 +29,38 @@ from flaxmlm.models.layers import (
 )
 from flaxmlm.models.model import Inputs, Model, assemble
 
+Turns = tuple[Float[Array, "B L 1 J"], Float[Array, "B L 1 J"]]
+"""Cosine and sine of the J = K/2 angles of each token, for all heads."""
 
-def rotate(
-  x: Float[Array, "B L H K"], positions: Int[Array, "B L"], theta: float
-) -> Float[Array, "B L H K"]:
-  """Rotates pairs (i, i + K/2) of each head by position · theta^(-2i/K)."""
-  K = x.shape[-1]
-  frequencies = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-  angles = positions[:, :, None, None] * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+def turns(positions: Int[Array, "B L"], size: int, theta: float) -> Turns:
+  """Returns the rotations of heads of a size: position · theta^(-2i/K).
+
+  Looked up in a constant table, for XLA on CPUs computes a cosine anew for each
+  layer and head that reads it. A position is below L; others give NaN.
+  """
+  frequencies = theta ** (-np.arange(0, size, 2, dtype=np.float32) / size)
+  angles = (
+    np.arange(positions.shape[1], dtype=np.float32)[:, None] * frequencies
+  )
+  return tuple(
+    jnp.asarray(table)
+    .at[positions]
+    .get(mode="fill", fill_value=jnp.nan)[:, :, None]
+    for table in (np.cos(angles), np.sin(angles))
+  )
+
+
+def rotate(x: Float[Array, "B L H K"], by: Turns) -> Float[Array, "B L H K"]:
+  """Rotates the pairs (i, i + K/2) of each head."""
+  cos, sin = by
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x.dtype)
 
 
 class Layer(nn.Module):
-  """One encoder layer; `number` counts from 0."""
+  """One encoder layer; `number` counts from 0 and addresses its dropout."""
 
   options: Mapping[str, Any]
   dtype: Dtype
@@ -54,6 +71,8 @@ class Layer(nn.Module):
     self,
     x: Float[Array, "T D"],
     inputs: Inputs,
+    by: Turns,
+    window: int | None,
     dropout_keys: Key[Array, " B"] | None,
   ) -> Float[Array, "T D"]:
     """Attention and gated feed-forward, each of what is normed, each added."""
@@ -61,9 +80,6 @@ class Layer(nn.Module):
     B, L = inputs.ids.shape
     D, H = o["width"], o["heads"]
     site = 1 + 3 * self.number
-    everywhere = self.number % o["global_attn_every_n_layers"] == 0
-    window = None if everywhere else o["local_attention"] // 2
-    theta = o["global_rope_theta" if everywhere else "local_rope_theta"]
 
     def linear(name: str, features: int, x: Array) -> Array:
       return dense(
@@ -79,8 +95,8 @@ class Layer(nn.Module):
       for name in ("query", "key", "value")
     )
     mixed = attend(
-      rotate(query, inputs.positions, theta),
-      rotate(key, inputs.positions, theta),
+      rotate(query, by),
+      rotate(key, by),
       value,
       inputs.segments,
       backend=o["attention"],
@@ -116,9 +132,17 @@ class Encoder(nn.Module):
     x = Embeddings(self.vocab_size, o, self.dtype, name="embeddings")(
       inputs, dropout_keys
     )
+    size = o["width"] // o["heads"]
+    far, near = (
+      turns(inputs.positions, size, o[f"{reach}_rope_theta"])
+      for reach in ("global", "local")
+    )
     for number in range(o["layers"]):
       layer = Layer(o, self.dtype, number, name=f"layer_{number}")
-      x = layer(x, inputs, dropout_keys)
+      if number % o["global_attn_every_n_layers"] == 0:
+        x = layer(x, inputs, far, None, dropout_keys)
+      else:
+        x = layer(x, inputs, near, o["local_attention"] // 2, dropout_keys)
     x = layer_norm(
       o["norm_eps"], self.dtype, use_bias=False, name="final_norm"
     )(x)

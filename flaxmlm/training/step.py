@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def make_train_step(
     return State(state.step + 1, params, opt_state), sums
 
   return jax.jit(
-    train_step,
+    _knowing(mesh, train_step),
     in_shardings=(state_sharding, rows_sharding, None),
     out_shardings=(state_sharding, NamedSharding(mesh, P())),
     donate_argnums=0,
@@ -138,7 +139,7 @@ def make_eval_step(
     return sums
 
   return jax.jit(
-    eval_step,
+    _knowing(mesh, eval_step),
     in_shardings=(params_sharding, sharding.batch_sharding(mesh)),
     out_shardings=NamedSharding(mesh, P()),
   )
@@ -163,10 +164,21 @@ def make_guess_step(
     return example, *jax.lax.top_k(jax.nn.softmax(logits), 3)
 
   return jax.jit(
-    guess_step,
+    _knowing(mesh, guess_step),
     in_shardings=(params_sharding, sharding.batch_sharding(mesh)),
     out_shardings=NamedSharding(mesh, P()),
   )
+
+
+def _knowing(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+  """Lets a step know its mesh: kernels are split over it by hand."""
+
+  @functools.wraps(step)
+  def knowing(*args: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return step(*args)
+
+  return knowing
 
 
 def _fixed_example(objective: Objective, batch: Batch) -> Example:
