@@ -178,7 +178,12 @@ def test_splash_is_xla(L, window):
 
 
 @pytest.mark.parametrize(
-  ("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+  ("data", "fsdp", "tensor"),
+  [
+    (2, 2, 2),
+    pytest.param(8, 1, 1, marks=pytest.mark.slow),
+    pytest.param(1, 4, 2, marks=pytest.mark.slow),
+  ],
 )
 def test_splash_is_the_same_on_any_mesh(data, fsdp, tensor):
   qkv, segments = tensors(8, 512), packed(8, 512)
@@ -287,7 +292,9 @@ def test_no_family_leaks(family, backend, monkeypatch):
     assert (before[here] != after[here]).any(axis=-1).all()
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize(
+  "family", ["modernbert", pytest.param("bert", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("backend", ["xla", "splash"])
 def test_a_family_is_the_same_on_a_mesh(family, backend, monkeypatch):
   encode, params = encoder(family)
@@ -370,7 +377,7 @@ def test_a_model_says_that_its_backend_isnt_here(backend):
   model = models.build(options, vocab_size=V, dtype="bfloat16")
   params = model.init(jax.random.key(0))
   with pytest.raises(InputError, match=f"model.attention={backend}: it runs"):
-    model.encode(params, batch(1, 512), None)
+    jax.jit(model.encode)(params, batch(1, 512), None)
 
 
 CUDNN = """
