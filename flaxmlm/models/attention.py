@@ -10,12 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel as splash_kernel,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_mask as splash_mask,
-)
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -260,9 +254,7 @@ def splash(
     ]
     ids = jnp.pad(segments, _edges(segments, 1, 0, end), constant_values=-1)
     kernel = _splash_kernel(length, H, window, interpret)
-    mixed = jax.vmap(kernel)(
-      *heads_first, splash_kernel.SegmentIds(q=ids, kv=ids)
-    )
+    mixed = jax.vmap(kernel)(*heads_first, ids)
     return mixed.swapaxes(1, 2)[:, :L].astype(value.dtype)
 
   if not free:
@@ -282,7 +274,15 @@ def splash(
 def _splash_kernel(
   length: int, heads: int, window: int | None, interpret: bool
 ) -> Callable[..., Array]:
-  """Returns `(q, k, v, segment_ids) -> mixed`, all [H L K] of one row."""
+  """Returns `(q, k, v, segments) -> mixed` of one row, [H L K] and [L]."""
+  # Half a second to import, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash_kernel,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_mask,
+  )
+
   shape = (length, length)
   mask = (
     splash_mask.FullMask(shape)
@@ -291,7 +291,7 @@ def _splash_kernel(
   )
   block = math.gcd(length, SPLASH_BLOCK)
   layout = splash_kernel.QKVLayout.SEQ_MINOR
-  return splash_kernel.make_splash_mha(
+  kernel = splash_kernel.make_splash_mha(
     splash_mask.MultiHeadMask([mask] * heads),
     head_shards=1,
     q_seq_shards=1,
@@ -307,6 +307,12 @@ def _splash_kernel(
       v_layout=layout,
     ),
   )
+
+  def run(query: Array, key: Array, value: Array, segments: Array) -> Array:
+    ids = splash_kernel.SegmentIds(q=segments, kv=segments)
+    return kernel(query, key, value, ids)
+
+  return run
 
 
 def cudnn(
