@@ -327,6 +327,12 @@ def _load_huggingface(folder: str) -> LoadedModel:
         f" (added: {', '.join(tokenizer.added) or 'none'}), the model"
         f" {found.vocab_size}"
       )
+    pad = tokenizer.vocab.pad
+    if found.model.skips_padding and pad != found.pad:
+      raise InputError(
+        f"{folder}: [PAD] is {pad} to the tokenizer, {found.pad} to the model,"
+        " and positions begin there; the tokenizer is not the model's"
+      )
   return LoadedModel(
     tokenizer=tokenizer,
     config={"model": found.options},

@@ -81,7 +81,7 @@ def _rows(m: LoadedModel, new: Tokenizer) -> list[list[int]] | None:
   """Returns for each new token the old ones it is made of; None if all are so.
 
   Special tokens are matched by what they are for, others by name where both
-  tokenizers are of one kind, else by their text.
+  tokenizers are of one style, else by their text.
   """
   old = m.tokenizer
   size = new.vocab.size
@@ -89,7 +89,7 @@ def _rows(m: LoadedModel, new: Tokenizer) -> list[list[int]] | None:
   known = {name: i for i, name in enumerate(old.tokens(range(old.vocab.size)))}
   if m.vocab_size == size and names == list(known):
     return None
-  alike = type(old) is type(new)
+  alike = old.style == new.style
   special = {
     getattr(new.vocab, role): getattr(old.vocab, role)
     for role in ("pad", "unk", "cls", "sep", "mask")

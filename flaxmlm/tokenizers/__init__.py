@@ -7,9 +7,9 @@ byte-level BPE; `train` makes SentencePiece models and WordPiece. Both return a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from flaxmlm import InputError
 from flaxmlm.tokenizers.flags import SENTENCE_START, WORD_START
@@ -21,6 +21,9 @@ from flaxmlm.tokenizers.vocab import (
   read_file,
   read_settings,
 )
+
+if TYPE_CHECKING:
+  from flaxmlm.tokenizers.published import Published
 
 __all__ = [
   "SENTENCE_START",
@@ -43,9 +46,12 @@ def load(
 ) -> Tokenizer:
   """Loads a tokenizer.
 
-  Special tokens are found by their names ("[MASK]", "<mask>", …). Those that
-  the file lacks get ids after its own, so that the vocabulary grows;
-  `Tokenizer.added` names them.
+  What Hugging Face's config.json, tokenizer_config.json,
+  special_tokens_map.json and added_tokens.json beside the file say is done, or
+  refused by name (see `published`). Special tokens have the names given there,
+  else the usual ones ("[MASK]", "<mask>", …). Those that the file lacks get
+  ids after its own, so that the vocabulary grows; `Tokenizer.added` names
+  them.
 
   Args:
     path: A SentencePiece `.model`; a `vocab.txt` (any name that ends so) of
@@ -61,7 +67,8 @@ def load(
       marks) or "jieba". None: as saved, else "whitespace".
 
   Raises:
-    InputError: There is no tokenizer there, or it can't be read.
+    InputError: There is no tokenizer there, it can't be read, or the files
+      beside it ask for something that we don't have.
   """
   saved = None
   where = path
@@ -75,31 +82,21 @@ def load(
     raise InputError(
       f"tokenizer.words={settings.words!r}: wants one of {', '.join(WORDS)}"
     )
-  name = os.path.basename(where)
-  data = read_file(where)
-  if name.endswith("vocab.txt"):
-    return _load_vocab_txt(where, data, lowercase, settings)
-  if lowercase is not None:
-    settings = settings._replace(lowercase=lowercase)
-  if name.endswith(".model"):
-    from flaxmlm.tokenizers import sentence_piece
-
-    return sentence_piece.build(data, settings, where)
-  from flaxmlm.tokenizers import hugging_face
-
-  if name.endswith("vocab.json"):
-    ids = hugging_face.read_vocab_json(data, where)
-    merges = _get_merges_path(where)
-    return hugging_face.from_byte_bpe(
-      ids,
-      read_file(merges),
-      settings=settings,
-      where=where,
-      merges_where=merges,
+  if not where.endswith((".json", ".model", "vocab.txt")):
+    raise InputError(
+      f"tokenizer.path={path}: wants {_FORMS}, or a folder of it"
     )
-  if name.endswith(".json"):
-    return hugging_face.from_json(data, settings, where)
-  raise InputError(f"tokenizer.path={path}: wants {_FORMS}, or a folder of it")
+  data = read_file(where)
+  if saved is not None:
+    return _build(where, data, lowercase, settings, None)
+  from flaxmlm.tokenizers import published
+
+  said = published.read(where)
+  if said is not None:
+    if not where.endswith("tokenizer.json"):
+      published.check(said, where)
+    settings = settings._replace(specials=said.specials)
+  return _build(where, data, lowercase, settings, said)
 
 
 def has_tokenizer(folder: str) -> bool:
@@ -126,46 +123,67 @@ def _find_in_folder(folder: str) -> str:
   raise InputError(f"tokenizer.path={folder}: no tokenizer; wants {_FORMS}")
 
 
-def _get_merges_path(path: str) -> str:
-  folder, name = os.path.split(path)
-  stem = name.rpartition("vocab.")[0]
-  return os.path.join(folder, f"{stem}merges.txt")
-
-
-def _load_vocab_txt(
-  path: str, data: bytes, lowercase: bool | None, settings: Settings
+def _build(
+  where: str,
+  data: bytes,
+  lowercase: bool | None,
+  settings: Settings,
+  said: Published | None,
 ) -> Tokenizer:
-  from flaxmlm.tokenizers import hugging_face
+  """Returns the tokenizer of a file, with what is said beside it."""
+  from flaxmlm.tokenizers import hugging_face, published, sentence_piece
 
-  ids = hugging_face.read_vocab_txt(data, path)
-  merges = _get_merges_path(path)
-  if os.path.exists(merges):
-    settings = settings._replace(lowercase=bool(lowercase))
-    return hugging_face.from_byte_bpe(
-      ids,
-      read_file(merges),
-      settings=settings,
-      where=path,
-      merges_where=merges,
-    )
-  if lowercase is None:
-    lowercase = _read_do_lower_case(os.path.dirname(path))
-  if lowercase is None:
-    lowercase = hugging_face.looks_lowercase(ids)
-  return hugging_face.from_wordpiece(
-    ids, lowercase=lowercase, settings=settings, where=path
+  if where.endswith("vocab.txt") and not hugging_face.is_byte_bpe(where):
+    return _build_wordpiece(where, data, lowercase, settings, said)
+  if lowercase is not None:
+    settings = settings._replace(lowercase=lowercase)
+  if where.endswith(".model") and said is None:
+    return sentence_piece.build(data, settings, where)
+  if where.endswith(".model"):
+    return published.from_unigram(data, said, settings, where)
+  tokens = said.tokens if said else ()
+  if not hugging_face.is_byte_bpe(where):
+    data = published.adapt(data, said) if said else data
+    return hugging_face.from_json(data, settings, where, tokens)
+  is_json = where.endswith(".json")
+  read = (
+    hugging_face.read_vocab_json if is_json else hugging_face.read_vocab_txt
+  )
+  merges = hugging_face.get_merges_path(where)
+  return hugging_face.from_byte_bpe(
+    read(data, where),
+    read_file(merges),
+    settings=settings,
+    where=where,
+    merges_where=merges,
+    prefix_space=bool(said and said.get_flag("add_prefix_space", False)),
+    tokens=tokens,
   )
 
 
-def _read_do_lower_case(folder: str) -> bool | None:
-  path = os.path.join(folder, "tokenizer_config.json")
-  if not os.path.exists(path):
-    return None
-  try:
-    value = json.loads(read_file(path)).get("do_lower_case")
-  except (ValueError, AttributeError) as error:
-    raise InputError(f"{path}: not a JSON object: {error}") from error
-  return None if value is None else bool(value)
+def _build_wordpiece(
+  where: str,
+  data: bytes,
+  lowercase: bool | None,
+  settings: Settings,
+  said: Published | None,
+) -> Tokenizer:
+  from flaxmlm.tokenizers import hugging_face
+
+  ids = hugging_face.read_vocab_txt(data, where)
+  if lowercase is None and said:
+    lowercase = said.get_flag("do_lower_case", None)
+  if lowercase is None:
+    lowercase = hugging_face.looks_lowercase(ids)
+  return hugging_face.from_wordpiece(
+    ids,
+    lowercase=lowercase,
+    strip_accents=said.get_flag("strip_accents", None) if said else None,
+    split_chinese=not said or said.get_flag("tokenize_chinese_chars", True),
+    settings=settings,
+    where=where,
+    tokens=said.tokens if said else (),
+  )
 
 
 def train(

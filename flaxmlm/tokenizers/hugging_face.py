@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 # One process, one thread: parallelism is by processes. It is read at each
 # call, and also silences the library's warning about forks.
@@ -239,7 +239,16 @@ def _find_style(spec: Mapping[str, Any]) -> str:
   return "▁" if "Metaspace" in types else ""
 
 
-def from_json(data: bytes, settings: Settings, where: str) -> HuggingFace:
+class Token(NamedTuple):
+  """A token that is to be added to a model, and the id it must get, if any."""
+
+  id: int | None
+  token: tokenizers.AddedToken
+
+
+def from_json(
+  data: bytes, settings: Settings, where: str, tokens: Sequence[Token] = ()
+) -> HuggingFace:
   """Returns the tokenizer of a tokenizer.json.
 
   Padding and truncation that it asks for are left out; special tokens it
@@ -250,13 +259,16 @@ def from_json(data: bytes, settings: Settings, where: str) -> HuggingFace:
     data: Contents of the file.
     settings: See `Settings`.
     where: The file's name, for errors.
+    tokens: Those that the model is to have besides, in the order of their
+      ids; where it has one, it stays as it is.
 
   Raises:
-    InputError: It is not a tokenizer.json.
+    InputError: It is not a tokenizer.json, or a token gets another id.
   """
   try:
     spec = json.loads(data)
     marked = {name for names in SPECIAL_NAMES.values() for name in names}
+    marked |= {*settings.specials}
     for token in spec.get("added_tokens") or ():
       token["special"] = token["special"] or token["content"] in marked
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -266,20 +278,11 @@ def from_json(data: bytes, settings: Settings, where: str) -> HuggingFace:
   model.no_padding()
   model.no_truncation()
   model.encode_special_tokens = True
-  ids = model.get_vocab(with_added_tokens=True)
-  others = [
-    i for i, token in model.get_added_tokens_decoder().items() if token.special
-  ]
-  vocab, added = find_specials(ids, max(ids.values()) + 1, others)
-  model.add_special_tokens(list(added))
-  first = vocab.size - len(added)
-  if any(model.token_to_id(t) != first + i for i, t in enumerate(added)):
-    raise InputError(
-      f"{where}: lacks {' '.join(added)}, and its ids have gaps, so that none"
-      " can be appended; add them to the file"
-    )
-  if added:
+  vocab, added = _add_tokens(model, tokens, settings, where)
+  if tokens or added:
     data = model.to_str().encode()
+  if find_specials(model.get_vocab(), vocab.size, vocab.others)[0] == vocab:
+    settings = settings._replace(specials=())
   return HuggingFace(
     vocab,
     added,
@@ -291,23 +294,75 @@ def from_json(data: bytes, settings: Settings, where: str) -> HuggingFace:
   )
 
 
-def _complete(ids: Mapping[str, int]) -> tuple[dict[str, int], Vocab, tuple]:
+def _add_tokens(
+  model: tokenizers.Tokenizer,
+  tokens: Sequence[Token],
+  settings: Settings,
+  where: str,
+) -> tuple[Vocab, tuple[str, ...]]:
+  """Adds tokens, and then what special tokens are still missing.
+
+  Returns:
+    The vocabulary, and the names of the special tokens that the model lacked
+    and for which no id was given.
+  """
+  held = {t.content for t in model.get_added_tokens_decoder().values()}
+  known = {t.token.content for t in tokens if t.id is not None}
+  known |= model.get_vocab().keys()
+  model.add_tokens([t.token for t in tokens if t.token.content not in held])
+  for i, token in tokens:
+    got = model.token_to_id(token.content)
+    if i is not None and got != i:
+      raise InputError(
+        f"{where}: {token.content!r} is to have the id {i}, but is {got} here;"
+        " save the folder's tokenizer as a tokenizer.json"
+      )
+  ids = model.get_vocab(with_added_tokens=True)
+  others = [
+    i for i, token in model.get_added_tokens_decoder().items() if token.special
+  ]
+  vocab, added = find_specials(
+    ids, max(ids.values()) + 1, others, settings.specials
+  )
+  model.add_special_tokens(list(added))
+  first = vocab.size - len(added)
+  if any(model.token_to_id(t) != first + i for i, t in enumerate(added)):
+    raise InputError(
+      f"{where}: lacks {' '.join(added)}, and its ids have gaps, so that none"
+      " can be appended; add them to the file"
+    )
+  names = [model.id_to_token(i) for i in vocab[1:6]]
+  return vocab, tuple(name for name in names if name not in known)
+
+
+def _complete(
+  ids: Mapping[str, int], settings: Settings
+) -> tuple[dict[str, int], tuple[str, ...]]:
   """Appends the special tokens that a vocabulary lacks."""
-  vocab, added = find_specials(ids, len(ids))
+  _, added = find_specials(ids, len(ids), specials=settings.specials)
   ids = dict(ids)
   for name in added:
     ids[name] = len(ids)
-  return ids, vocab, added
+  return ids, added
 
 
-def _wrap(
+def wrap(
   model: tokenizers.Tokenizer,
-  vocab: Vocab,
-  added: tuple[str, ...],
   settings: Settings,
   where: str,
+  tokens: Sequence[Token] = (),
+  added: tuple[str, ...] = (),
 ) -> HuggingFace:
-  """Wraps a model that was built here; its file adds [CLS] and [SEP]."""
+  """Wraps a model that was built here; its file adds [CLS] and [SEP].
+
+  Args:
+    model: Changed in place.
+    settings: See `Settings`.
+    where: The file's name, for errors.
+    tokens: See `from_json`.
+    added: Names of special tokens that were appended to the file's before.
+  """
+  vocab, more = _add_tokens(model, tokens, settings, where)
   cls, sep = (model.id_to_token(i) for i in (vocab.cls, vocab.sep))
   model.post_processor = processors.TemplateProcessing(
     single=f"{cls} $A {sep}",
@@ -316,7 +371,7 @@ def _wrap(
   )
   model.add_special_tokens([model.id_to_token(i) for i in vocab[1:6]])
   result = from_json(model.to_str().encode(), settings, where)
-  return dataclasses.replace(result, added=added)
+  return dataclasses.replace(result, added=added + more)
 
 
 def _read_lines(data: bytes, where: str) -> list[str]:
@@ -346,6 +401,21 @@ def read_vocab_txt(data: bytes, where: str) -> dict[str, int]:
   return ids
 
 
+def get_merges_path(path: str) -> str:
+  """Returns where the merges.txt of a vocab.txt or vocab.json would be."""
+  folder, name = os.path.split(path)
+  stem = name.rpartition("vocab.")[0]
+  return os.path.join(folder, f"{stem}merges.txt")
+
+
+def is_byte_bpe(path: str) -> bool:
+  """Whether a file is a vocabulary of byte-level BPE."""
+  is_text = path.endswith("vocab.txt")
+  return path.endswith("vocab.json") or (
+    is_text and os.path.exists(get_merges_path(path))
+  )
+
+
 def read_vocab_json(data: bytes, where: str) -> dict[str, int]:
   """Reads a vocab.json: an object of token to id.
 
@@ -362,30 +432,55 @@ def read_vocab_json(data: bytes, where: str) -> dict[str, int]:
 
 
 def from_wordpiece(
-  ids: Mapping[str, int], *, lowercase: bool, settings: Settings, where: str
+  ids: Mapping[str, int],
+  *,
+  lowercase: bool,
+  settings: Settings,
+  where: str,
+  strip_accents: bool | None = None,
+  split_chinese: bool = True,
+  tokens: Sequence[Token] = (),
 ) -> HuggingFace:
   """Returns BERT's tokenizer over a vocabulary of WordPieces.
 
   Args:
     ids: Id of each token.
-    lowercase: Lower-case and strip accents, as BERT's uncased models do.
+    lowercase: Lower-case all text, as BERT's uncased models do.
     settings: See `Settings`.
     where: The file's name, for errors.
+    strip_accents: None: if lowercase, as in BERT.
+    split_chinese: Every Chinese character is a word, as in BERT.
+    tokens: See `from_json`.
+
+  Raises:
+    InputError: The vocabulary has to have its own ids, by `tokens`, but no
+      [UNK]; or see `from_json`.
   """
-  ids, vocab, added = _complete(ids)
-  unk = next(name for name, i in ids.items() if i == vocab.unk)
-  model = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=unk))
-  model.normalizer = _make_bert_normalizer(lowercase)
+  added: tuple[str, ...] = ()
+  if not tokens:
+    ids, added = _complete(ids, settings)
+  vocab, _ = find_specials(ids, len(ids), specials=settings.specials)
+  unk = next((name for name, i in ids.items() if i == vocab.unk), None)
+  if unk is None:
+    raise InputError(f"{where}: no token for unknown words; add it to the file")
+  model = tokenizers.Tokenizer(models.WordPiece(dict(ids), unk_token=unk))
+  model.normalizer = _make_bert_normalizer(
+    lowercase, strip_accents, split_chinese
+  )
   model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   model.decoder = decoders.WordPiece()
-  return _wrap(model, vocab, added, settings, where)
+  return wrap(model, settings, where, tokens, added)
 
 
-def _make_bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
+def _make_bert_normalizer(
+  lowercase: bool,
+  strip_accents: bool | None = None,
+  split_chinese: bool = True,
+) -> normalizers.BertNormalizer:
   return normalizers.BertNormalizer(
     clean_text=True,
-    handle_chinese_chars=True,
-    strip_accents=lowercase,
+    handle_chinese_chars=split_chinese,
+    strip_accents=lowercase if strip_accents is None else strip_accents,
     lowercase=lowercase,
   )
 
@@ -397,6 +492,8 @@ def from_byte_bpe(
   settings: Settings,
   where: str,
   merges_where: str,
+  prefix_space: bool = False,
+  tokens: Sequence[Token] = (),
 ) -> HuggingFace:
   """Returns GPT-2's and RoBERTa's byte-level BPE.
 
@@ -406,10 +503,12 @@ def from_byte_bpe(
     settings: See `Settings`.
     where: The vocabulary file's name, for errors.
     merges_where: The merges file's name, for errors.
+    prefix_space: A text that has no space in front gets one.
+    tokens: See `from_json`.
 
   Raises:
     InputError: A merge is not a pair, or its tokens are not in the
-      vocabulary.
+      vocabulary; or see `from_json`.
   """
   pairs: list[tuple[str, str]] = []
   for i, line in enumerate(_read_lines(merges, merges_where)):
@@ -422,11 +521,13 @@ def from_byte_bpe(
         " merge into a third"
       )
     pairs.append(pair)
-  ids, vocab, added = _complete(ids)
-  model = tokenizers.Tokenizer(models.BPE(ids, pairs))
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  added: tuple[str, ...] = ()
+  if not tokens:
+    ids, added = _complete(ids, settings)
+  model = tokenizers.Tokenizer(models.BPE(dict(ids), pairs))
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
   model.decoder = decoders.ByteLevel()
-  return _wrap(model, vocab, added, settings, where)
+  return wrap(model, settings, where, tokens, added)
 
 
 def looks_lowercase(ids: Mapping[str, int]) -> bool:

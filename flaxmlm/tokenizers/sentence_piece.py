@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex
+from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import sentencepiece
@@ -59,6 +59,7 @@ class SentencePiece:
   leaks: tuple[int, ...] = field(repr=False)
   # A text that has one of these isn't the sum of its words to the model.
   whole: tuple[str, ...] = field(repr=False)
+  style: ClassVar[str] = "▁"
 
   @functools.cached_property
   def _starts(self) -> np.ndarray:
@@ -219,6 +220,15 @@ class SentencePiece:
     save_files(folder, "tokenizer.model", model, self.settings)
 
 
+def read(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
+  """Reads a model file; raises InputError where that fails."""
+  sentencepiece.set_min_log_level(_QUIET)
+  try:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"{where}: not a SentencePiece model") from error
+
+
 def build(model: bytes, settings: Settings, where: str) -> SentencePiece:
   """Returns the tokenizer of a SentencePiece model file.
 
@@ -233,11 +243,7 @@ def build(model: bytes, settings: Settings, where: str) -> SentencePiece:
   Raises:
     InputError: It is not a SentencePiece model.
   """
-  sentencepiece.set_min_log_level(_QUIET)
-  try:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-  except (RuntimeError, ValueError) as error:
-    raise InputError(f"{where}: not a SentencePiece model") from error
+  processor = read(model, where)
   size = len(processor)
   names = [processor.id_to_piece(i) for i in range(size)]
   controls = [

@@ -67,11 +67,14 @@ class Tokenizer(Protocol):
       given ids after the file's own.
     fingerprint: sha256 (hex) over the model file and the settings: equal
       fingerprints, equal ids and flags.
+    style: How its tokens show where words are: tokens of two tokenizers of one
+      style that have one name are the same.
   """
 
   vocab: Vocab
   added: tuple[str, ...]
   fingerprint: str
+  style: str
 
   def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
     """Encodes documents; the name of a special token in them is plain text.
@@ -118,14 +121,27 @@ class Settings(NamedTuple):
     lowercase: Text is lower-cased before the model sees it. (False where the
       model does it itself.)
     words: What starts a word in the flags, "whitespace" or "jieba".
+    specials: Names of the five special tokens, in the order of
+      `SPECIAL_NAMES`; "" (and (), for all) where one of those names is it.
   """
 
   lowercase: bool = False
   words: str = "whitespace"
+  specials: tuple[str, ...] = ()
+
+  def to_record(self) -> dict[str, object]:
+    """Returns the settings for JSON; `specials` only where there are some."""
+    record = self._asdict()
+    if not self.specials:
+      del record["specials"]
+    return record
 
 
 def find_specials(
-  ids: Mapping[str, int], size: int, others: Iterable[int] = ()
+  ids: Mapping[str, int],
+  size: int,
+  others: Iterable[int] = (),
+  specials: Sequence[str] = (),
 ) -> tuple[Vocab, tuple[str, ...]]:
   """Finds the five special tokens by name, and numbers those that are missing.
 
@@ -133,6 +149,7 @@ def find_specials(
     ids: Id of each token that may be special.
     size: Ids in use.
     others: See `Vocab.others`.
+    specials: See `Settings.specials`.
 
   Returns:
     The vocabulary, and the names that were appended, in the order of their
@@ -140,7 +157,9 @@ def find_specials(
   """
   found: dict[str, int] = {}
   added: list[str] = []
-  for role, names in SPECIAL_NAMES.items():
+  given = specials or [""] * len(SPECIAL_NAMES)
+  for (role, usual), own in zip(SPECIAL_NAMES.items(), given, strict=True):
+    names = (own,) if own else usual
     name = next((name for name in names if name in ids), None)
     found[role] = size + len(added) if name is None else ids[name]
     if name is None:
@@ -179,7 +198,7 @@ def check_ids(ids: Iterable[SupportsIndex], size: int) -> list[int]:
 
 def get_fingerprint(model: bytes, settings: Settings) -> str:
   """Returns the sha256 over a model file and the settings, in hex."""
-  text = json.dumps(settings._asdict(), sort_keys=True)
+  text = json.dumps(settings.to_record(), sort_keys=True)
   return hashlib.sha256(_sha256(model).encode() + text.encode()).hexdigest()
 
 
@@ -196,7 +215,7 @@ def save_files(
   file was written is not taken for a whole one.
   """
   os.makedirs(folder, exist_ok=True)
-  record = {"model": name, "sha256": _sha256(model), **settings._asdict()}
+  record = {"model": name, "sha256": _sha256(model), **settings.to_record()}
   files = {
     SETTINGS_FILE: (json.dumps(record, indent=2) + "\n").encode(),
     name: model,
@@ -226,7 +245,11 @@ def read_settings(folder: str) -> tuple[str, Settings] | None:
   try:
     with open(path, encoding="utf-8") as file:
       record = json.load(file)
-    settings = Settings(bool(record["lowercase"]), str(record["words"]))
+    settings = Settings(
+      bool(record["lowercase"]),
+      str(record["words"]),
+      tuple(map(str, record.get("specials", ()))),
+    )
     model = os.path.join(folder, record["model"])
     digest = record["sha256"]
   except (OSError, ValueError, KeyError, TypeError) as error:
