@@ -43,6 +43,17 @@ def make_init(
   return jax.jit(init, out_shardings=places), places
 
 
+def state_shapes(
+  init: Callable[[Key[Array, ""]], State], state_sharding: Any
+) -> State:
+  """Returns shape, dtype and sharding of every array of `make_init`'s state."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    jax.eval_shape(init, jax.random.key(0)),
+    state_sharding,
+  )
+
+
 def make_train_step(
   model: Model,
   objective: Objective,
