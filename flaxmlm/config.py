@@ -674,6 +674,11 @@ def take_rest(
   values = to_flat(config)
   if run is None and folder is None:
     return config
+  if workdir and run and os.path.realpath(run) == os.path.realpath(workdir):
+    raise InputError(
+      f"train.continue_from={run} is the --workdir; the next phase needs"
+      " another one"
+    )
   if workdir and newest_step(workdir) is not None:
     path = os.path.join(workdir, "config.json")
     own = to_flat(from_json(path))
@@ -686,11 +691,6 @@ def take_rest(
       f"train.continue_from={run}: no run that has saved anything there; to"
       " begin with the parameters of a Hugging Face folder, set"
       " model.init_from"
-    )
-  if os.path.realpath(run) == os.path.realpath(workdir):
-    raise InputError(
-      f"train.continue_from={run} is the --workdir; the next phase needs"
-      " another one"
     )
   return _take_run(values, stated, run, step)
 

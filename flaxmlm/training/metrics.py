@@ -148,7 +148,7 @@ def open_writer(workdir: str, *, step: int, first: int = 0) -> Iterator[Writer]:
     board.close()
 
 
-def _line(values: Mapping[str, float]) -> str:
+def _line(values: Mapping[str, float | int]) -> str:
   """Returns a line of metrics.jsonl; what isn't finite is null there."""
   finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
   return json.dumps(finite) + "\n"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -132,7 +133,7 @@ def make_eval_step(
   *,
   mesh: Mesh,
   params_sharding: Any,
-  log_unigram: Float[Array, " V"],
+  log_unigram: Float[np.ndarray, " V"],
 ) -> EvalStep:
   """Returns the jitted `(params, batch) -> sums`, without dropout.
 
