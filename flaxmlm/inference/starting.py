@@ -81,8 +81,8 @@ def start_from(
   if rows is not None:
     shared = sum(len(row) == 1 for row in rows)
     say(
-      f"{folder}: another vocabulary; {shared:,} of {len(rows):,} tokens keep"
-      f" their rows, {len(rows) - shared:,} are means of their pieces"
+      f"{folder}: another vocabulary; {shared:,} of {len(rows):,} tokens keep a"
+      f" row as it is, {len(rows) - shared:,} are means of their pieces"
     )
 
   def fit(path: tuple, leaf: jax.Array) -> jax.Array:
