@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -78,7 +78,7 @@ KEYS: dict[str, Key] = {
   "tokenizer.sample_chars": Key(10_000_000, int, "Text that a tokenizer is trained on, at most; drawn evenly from the training documents.", unit="characters", low=1000),
 
   "model.family": Key("bert", str, "Architecture.", choices=("albert", "bert", "distilbert", "electra", "modernbert", "roberta")),
-  "model.init_from": Key(None, str, "Folder whose parameters the run begins with, of a run or Hugging Face's; the architecture is taken from it. None: random ones.", optional=True),
+  "model.init_from": Key(None, str, "Folder whose parameters the run begins with, of a run or Hugging Face's; the architecture is taken from it. Dimensions that are set larger: its parameters are tiled. None: random ones.", optional=True),
   "model.layers": Key(12, int, "Encoder layers N.", low=1, high=1000),
   "model.width": Key(768, int, "Width D of the hidden states.", low=1),
   "model.heads": Key(12, int, "Attention heads H; they divide the width.", low=1),
@@ -118,7 +118,8 @@ KEYS: dict[str, Key] = {
   "optimizer.decay_steps": Key(1000, int, "Length of the decay under `wsd`.", unit="steps", low=0),
   "optimizer.end_lr_ratio": Key(0.0, float, "Learning rate at the end, as a share of the peak.", low=0, high=1),
 
-  "train.steps": Key(100_000, int, "Optimizer steps of the whole run.", unit="steps", low=1),
+  "train.steps": Key(100_000, int, "Optimizer steps of the whole run, those of the runs that it goes on from included.", unit="steps", low=1),
+  "train.continue_from": Key(None, str, "Workdir of a run to go on from, in a workdir of its own: parameters, optimizer state and step are taken, and every key that isn't set here.", optional=True),
   "train.batch_size": Key(256, int, "Rows of the global batch B.", unit="rows", low=1),
   "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
@@ -137,6 +138,25 @@ KEYS: dict[str, Key] = {
 }
 # fmt: on
 
+# What a model may have otherwise than the one that its parameters come from.
+_FREE_OF_PARAMETERS = (
+  "model.attention",
+  "model.dropout",
+  "model.attention_dropout",
+  "model.init_stddev",
+  "model.global_rope_theta",
+  "model.local_rope_theta",
+)
+# What it may have more of: a table of positions, and by tiling the rest.
+_POSITIONS = "model.max_positions"
+_TILED = ("model.layers", "model.width", "model.heads", "model.ffn")
+# What a store isn't made of, under `data`.
+_BESIDE_THE_STORE = (
+  "data.row_length",
+  "data.weights",
+  "data.store",
+  "data.processes",
+)
 
 # What a run may be resumed with changed: nothing that it computes hangs on it.
 FREE_ON_RESUME = (
@@ -150,6 +170,15 @@ FREE_ON_RESUME = (
 )
 
 
+class _Config(ConfigDict):
+  """A config that knows which of its keys were set again."""
+
+  def __setitem__(self, key: str, value: Any) -> None:
+    if key in self:
+      self.__dict__.setdefault("_stated", set()).add(key)
+    super().__setitem__(key, value)
+
+
 def defaults() -> ConfigDict:
   """Returns a config with every key at its default; it takes no new keys."""
   return from_flat({name: key.default for name, key in KEYS.items()})
@@ -157,16 +186,30 @@ def defaults() -> ConfigDict:
 
 def from_flat(values: Mapping[str, Any]) -> ConfigDict:
   """Returns a locked config from `{"group.key": value}`."""
-  config = ConfigDict(type_safe=False)
+  config = _Config(type_safe=False)
   for name, value in values.items():
     node = config
     *groups, leaf = name.split(".")
     for group in groups:
       if group not in node:
-        node[group] = ConfigDict(type_safe=False)
+        node[group] = _Config(type_safe=False)
       node = node[group]
     node[leaf] = value
   return config.lock()
+
+
+def _stated(config: ConfigDict, prefix: str = "") -> set[str]:
+  """Returns the keys of a config that were set after `defaults()`."""
+  again = config.__dict__.get("_stated", set())
+  names: set[str] = set()
+  for name, value in config.items():
+    if not isinstance(value, Mapping):
+      names |= {prefix + name} if name in again else set()
+    elif isinstance(value, _Config) and name not in again:
+      names |= _stated(value, f"{prefix}{name}.")
+    else:  # a whole group was set
+      names |= set(to_flat(value, f"{prefix}{name}."))
+  return names
 
 
 def to_flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -210,15 +253,23 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> ConfigDict:
     InputError: The file can't be loaded, or a key is unknown, of the wrong
       type or out of range.
   """
+  return check_keys(_read(path, overrides)[0], where="--config")
+
+
+def _read(
+  path: str | None, overrides: Sequence[str]
+) -> tuple[dict[str, Any], set[str]]:
+  """Returns values as `load` does, and the names of those that were set."""
   if path is None:
-    config = defaults()
+    values, stated = to_flat(defaults()), set()
   elif not os.path.isfile(path):
     raise InputError(f"--config={path}: no such file; see configs/")
   elif path.endswith(".json"):
-    config = from_json(path)
+    values = to_flat(from_json(path))
+    stated = set(values)
   else:
     config = _load_python(path)
-  values = to_flat(config)
+    values, stated = to_flat(config), _stated(config)
   for argument in overrides:
     match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
     if match is None:
@@ -232,10 +283,12 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> ConfigDict:
       values[name] = _checked(_parse(text, key), key)
     except ValueError as error:
       raise InputError(f"{argument}: {error}") from None
-  return check_keys(values, where="--config")
+    stated.add(name)
+  return values, stated
 
 
 def _load_python(path: str) -> ConfigDict:
+  """Returns what `get_config()` in a file returns, each key checked."""
   from absl import flags
   from ml_collections import config_flags
 
@@ -255,7 +308,8 @@ def _load_python(path: str) -> ConfigDict:
     raise InputError(f"{path}:{line}: {first}") from error
   if not isinstance(config, ConfigDict):
     raise InputError(f"{path}: get_config() returned no ConfigDict")
-  return check_keys(to_flat(config), where=path)
+  check_keys(to_flat(config), where=path)
+  return config
 
 
 def _key(name: str, where: str) -> Key:
@@ -483,7 +537,7 @@ def validate(
       f"data.store={c.data.store}: no store (manifest.json) there; make it by"
       f" python -m flaxmlm.prepare --out={c.data.store}",
     )
-  if c.tokenizer.path is not None:
+  if c.tokenizer.path is not None and sources:
     need(
       os.path.exists(c.tokenizer.path),
       f"tokenizer.path={c.tokenizer.path}: no such file or folder",
@@ -595,19 +649,25 @@ def parse(
     InputError: See `load` and `validate`.
   """
   args, overrides = parser.parse_known_args(argv)
-  path = args.config
-  if path is None and getattr(args, "workdir", None):
-    path = os.path.join(args.workdir, "config.json")
-    if not os.path.isfile(path):
+  path, workdir = args.config, getattr(args, "workdir", None) or ""
+  goes_on = any(
+    o.startswith("--config.train.continue_from=") for o in overrides
+  )
+  if path is None and workdir:
+    path = os.path.join(workdir, "config.json")
+    if not os.path.isfile(path) and goes_on:
+      path = None
+    elif not os.path.isfile(path):
       raise InputError(
-        f"{args.workdir} has no run (no config.json there); name a config by"
+        f"{workdir} has no run (no config.json there); name a config by"
         " --config=FILE, like configs/quickstart.py, or another --workdir"
       )
-  config = take_architecture(load(path, overrides))
+  values, stated = _read(path, overrides)
+  config = check_keys(values, where="--config")
+  config = take_rest(config, stated, workdir)
   if args.print_config:
     print(to_json(config), end="", flush=True)
   check_json(getattr(args, "json", None))
-  workdir = getattr(args, "workdir", None) or ""
   made = os.path.join(workdir, "store", "manifest.json")
   validate(config, sources=not (workdir and os.path.exists(made)))
   if args.print_config:
@@ -615,16 +675,55 @@ def parse(
   return args, config
 
 
-def take_architecture(config: ConfigDict) -> ConfigDict:
-  """Returns the config with the architecture of `model.init_from`, if any.
+def take_rest(
+  config: ConfigDict, stated: Collection[str], workdir: str
+) -> ConfigDict:
+  """Returns the config with what it takes from where the run begins.
+
+  With `model.init_from`, the architecture that isn't stated is the folder's;
+  with `train.continue_from`, every key that isn't stated is the run's. A run
+  that has saved something has its own config, and reads neither again.
+
+  Args:
+    config: What was set, and defaults.
+    stated: The keys that were set.
+    workdir: Where the run is to be; "" if nowhere.
 
   Raises:
-    InputError: The folder is none that can be begun from, or a key says
-      something else than its config.
+    InputError: The folder is none that can be begun from, or a key is set to
+      something that its parameters can't be used with.
   """
-  folder = config.model.init_from
-  if folder is None:
+  from flaxmlm.training.chain import newest_step
+
+  run, folder = config.train.continue_from, config.model.init_from
+  values = to_flat(config)
+  if run is None and folder is None:
     return config
+  if workdir and run and os.path.realpath(run) == os.path.realpath(workdir):
+    raise InputError(
+      f"train.continue_from={run} is the --workdir; the next phase needs"
+      " another one"
+    )
+  if workdir and newest_step(workdir) is not None:
+    path = os.path.join(workdir, "config.json")
+    own = to_flat(from_json(path))
+    return check_keys(own | {k: values[k] for k in stated}, where=path)
+  if run is None:
+    return _take_architecture(values, stated, folder)
+  step = newest_step(run)
+  if step is None:
+    raise InputError(
+      f"train.continue_from={run}: no run that has saved anything there; to"
+      " begin with the parameters of a Hugging Face folder, set"
+      " model.init_from"
+    )
+  return _take_run(values, stated, run, step)
+
+
+def _take_architecture(
+  values: dict[str, Any], stated: Collection[str], folder: str
+) -> ConfigDict:
+  """Returns the config with the architecture of `model.init_from`."""
   path = os.path.join(folder, "config.json")
   if not os.path.isfile(path):
     raise InputError(
@@ -642,17 +741,94 @@ def take_architecture(config: ConfigDict) -> ConfigDict:
     found = read_config(data, folder)[1]
   else:
     found = from_json(path).model.to_dict()
-  values = to_flat(config)
-  for name, value in found.items():
-    key = f"model.{name}"
-    if name in ("init_from", "attention", "dropout", "attention_dropout"):
+  theirs = {f"model.{name}": value for name, value in found.items()}
+  for name in ("init_from", "attention"):
+    theirs.pop(f"model.{name}", None)
+  ours = {k: values[k] for k in stated if values[k] is not None}
+  _check_architecture(ours, theirs, folder, (_POSITIONS, *_TILED))
+  result = check_keys(values | theirs | ours, where=path)
+  size = theirs["model.width"] // theirs["model.heads"]
+  if result.model.width != size * result.model.heads:
+    raise InputError(
+      f"model.width={result.model.width} and model.heads={result.model.heads}:"
+      f" a head stays {size} wide, as in {folder};"
+      f" model.heads={result.model.width // size} does"
+    )
+  return result
+
+
+def _check_architecture(
+  ours: Mapping[str, Any],
+  theirs: Mapping[str, Any],
+  folder: str,
+  growing: Sequence[str],
+) -> None:
+  """Raises InputError at a key with which parameters can't be used."""
+  for name, value in theirs.items():
+    if ours.get(name, value) == value or name in _FREE_OF_PARAMETERS:
       continue
-    if values[key] not in (KEYS[key].default, value):
+    if name in growing and ours[name] > value:
+      continue
+    hint = "leave the key out"
+    if name in growing:
+      hint = "it can be made larger, not smaller"
+    elif name in _TILED:
+      hint = "a run keeps its size; model.init_from begins a larger one"
+    raise InputError(
+      f"{name}={ours[name]!r}, but {folder} has {value!r}; {hint}"
+    )
+
+
+def _take_run(
+  values: Mapping[str, Any], stated: Collection[str], run: str, step: int
+) -> ConfigDict:
+  """Returns the config with what isn't stated as in `train.continue_from`."""
+  path = os.path.join(run, "config.json")
+  theirs = to_flat(from_json(path))
+  theirs["model.init_from"] = None  # its parameters are the run's now
+  if theirs["data.store"] is None:
+    theirs["data.store"] = os.path.join(run, "store")
+  ours = {name: values[name] for name in stated}
+  result = theirs | ours
+
+  if result["model.init_from"] is not None:
+    raise InputError(
+      f"model.init_from={result['model.init_from']}: the parameters are those"
+      f" of train.continue_from={run}; leave one of the two out"
+    )
+  _check_architecture(
+    ours,
+    {k: v for k, v in theirs.items() if k.startswith("model.")},
+    run,
+    (_POSITIONS,),
+  )
+  tokenizer = [name for name in KEYS if name.startswith("tokenizer.")]
+  text = [
+    name
+    for name in KEYS
+    if name.startswith("data.") and name not in _BESIDE_THE_STORE
+  ]
+  if "data.store" in stated:
+    # A store of another making: its text and tokenizer are what it says.
+    for name in {*text, *tokenizer} - set(stated):
+      result[name] = KEYS[name].default
+    tokenizer = []
+  elif any(result[name] != theirs[name] for name in text):
+    result["data.store"] = None
+  for name in ("optimizer.name", *tokenizer):
+    if result[name] != theirs[name]:
       raise InputError(
-        f"{key}={values[key]!r}, but {folder} has {value!r}; leave the key out"
+        f"{name}={result[name]!r}, but {run} has {theirs[name]!r}; a run goes"
+        f" on with its {name.split('.')[0]}: leave the key out"
       )
-    values[key] = value
-  return check_keys(values, where=path)
+  if result["data.store"] is None and "tokenizer.path" not in stated:
+    result["tokenizer.path"] = os.path.join(run, "tokenizer")
+  if result["train.steps"] <= step:
+    raise InputError(
+      f"train.steps={result['train.steps']}: {run} has done {step} already, and"
+      " they count; set more"
+    )
+  return check_keys(result, where=path)
 
 
 def check_json(path: str | None) -> None:

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm import objectives, tokenizers
   from flaxmlm.data import batches
   from flaxmlm.objectives import Batch
+  from flaxmlm.training import chain
   from flaxmlm.training.step import row_keys, run_keys
 
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
@@ -76,6 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     vocab=store.vocab,
   )
   _, step_key = run_keys(c.seed)
+  *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
+  if int(match[1]) < phase.first_step:
+    raise InputError(
+      f"--steps={args.steps}: {args.workdir} begins at step"
+      f" {phase.first_step}; the steps before are those of {before[-1].workdir}"
+    )
 
   @jax.jit
   def corrupt(step: int, batch: Batch) -> Example:
@@ -93,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         step=step,
         batch_size=c.train.batch_size,
         weights=c.data.weights,
+        offset=phase.row_offset,
       )
       example = jax.device_get(corrupt(step, Batch(*batch)))
       for row in objects(batch, example, step=step):

@@ -2,11 +2,13 @@
 
 The workdir gets config.json, tokenizer/, store/ (unless data.store names one),
 checkpoints/, metrics.jsonl, tensorboard/ and report.html. The same line again
-goes on where the run stopped.
+goes on where the run stopped. train.continue_from begins the next phase of
+another run (docs/continue.md).
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -17,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
 from flaxmlm.training import memory
+from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -50,10 +53,11 @@ def main(argv: list[str] | None = None) -> None:
   import numpy as np
 
   from flaxmlm import models, objectives
-  from flaxmlm.inference.starting import start_from
+  from flaxmlm.inference.starting import continue_from, start_from
   from flaxmlm.models.model import count_parameters
   from flaxmlm.objectives import Batch
   from flaxmlm.training import (
+    chain,
     checkpoints,
     loop,
     metrics,
@@ -67,9 +71,19 @@ def main(argv: list[str] | None = None) -> None:
     make_init,
     make_train_step,
     run_keys,
+    state_shapes,
   )
 
   config.validate(c, devices=jax.device_count())
+
+  # The runs that this one goes on from, and itself.
+  run = c.train.continue_from
+  begun = chain.newest_step(workdir) is not None
+  *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
+  if run is not None and not begun:
+    check_stopped(run)
+    check_tokenizer(run, store)
+    chain.write_chain(workdir, [*before, phase])
 
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
@@ -116,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         step=step,
         batch_size=B,
         weights=c.data.weights,
+        offset=phase.row_offset,
         shard=shard,
       )
     )
@@ -140,14 +155,11 @@ def main(argv: list[str] | None = None) -> None:
 
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
-  shapes = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    jax.eval_shape(init, init_key),
-    state_sharding,
-  )
+  shapes = state_shapes(init, state_sharding)
   peak = metrics.peak_flops(c.train.dtype)
   flops = model.flops(L, objective.slots) * B
   train_rows = sum(plan.rows for plan in plans)
+  steps = c.train.steps - phase.first_step
   facts = {
     "parameters": f"{count_parameters(shapes.params):,}",
     "vocabulary": f"{V:,}",
@@ -155,8 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     f" {L}, {sum(p.fill * p.rows for p in plans) / train_rows:.1%} full",
     "validation tokens": f"{len(store.validation.ids):,} in"
     f" {validation.rows:,} rows",
-    "steps": f"{c.train.steps:,} of {B} rows = {B * L:,} tokens",
-    "epochs": f"{c.train.steps * B / train_rows:.2f}",
+    "steps": f"{steps:,} of {B} rows = {B * L:,} tokens",
+    "epochs": f"{steps * B / train_rows:.2f}",
     "FLOPs a token": f"{flops / (B * L):,.0f}",
     "peak": "unknown device, no MFU"
     if peak is None
@@ -165,6 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     "mesh": " x ".join(f"{n} {size}" for n, size in mesh.shape.items()),
     "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
   }
+  if before:
+    facts["goes on from"] = (
+      f"{before[-1].workdir}, step {phase.first_step:,} of {c.train.steps:,}"
+    )
+    order = "goes on" if phase.first_row else "begins anew"
+    facts["order of the rows"] = f"{order}, at row use {phase.first_row:,}"
   for name, value in facts.items():
     print(f"{name:>18}  {value}")
 
@@ -173,22 +191,34 @@ def main(argv: list[str] | None = None) -> None:
     os.path.join(workdir, "checkpoints"), keep=c.checkpoint.keep
   )
   state = checkpoints.restore(checkpointer, shapes)
-  if state is None:
+  if state is not None:
+    print(f"going on after step {int(state.step):,} of {c.train.steps:,}")
+  elif run is not None:
+    state = continue_from(run, shapes, mesh, print)
+  else:
     state = init(init_key)
     if c.model.init_from is not None:
-      given = start_from(c.model.init_from, tokenizer, state.params, print)
+      given = start_from(
+        c.model.init_from,
+        tokenizer,
+        state.params,
+        print,
+        options=c.model,
+        seed=c.seed,
+      )
       placed = jax.device_put(given, state_sharding.params)
       state = state._replace(params=placed)
-    before = guesses(state.params)
-    write_text(examples_path, json.dumps(before))
-  else:
-    print(f"going on after step {int(state.step):,} of {c.train.steps:,}")
-    before = []
-    if os.path.exists(examples_path):
-      with open(examples_path, encoding="utf-8") as file:
-        before = json.load(file)
+  first_guesses = []
+  if not begun:
+    first_guesses = guesses(state.params)
+    write_text(examples_path, json.dumps(first_guesses))
+  elif os.path.exists(examples_path):
+    with open(examples_path, encoding="utf-8") as file:
+      first_guesses = json.load(file)
 
-  with metrics.open_writer(workdir, step=int(state.step)) as writer:
+  with metrics.open_writer(
+    workdir, step=int(state.step), first=phase.first_step
+  ) as writer:
     state = loop.run(
       state,
       step_key,
@@ -202,8 +232,14 @@ def main(argv: list[str] | None = None) -> None:
         log_every=c.log.every,
         eval_every=c.eval.every,
         save_every=c.checkpoint.every,
+        first=phase.first_step,
       ),
-      cost=loop.Cost(tokens=B * L, flops=flops, peak=peak),
+      cost=loop.Cost(
+        tokens=B * L,
+        flops=flops,
+        peak=peak,
+        tokens_before=sum(phase.tokens for phase in before),
+      ),
     )
   checkpointer.close()
 
@@ -218,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     config=config.to_flat(c),
     examples=[
       new | {"before": old.get("guesses", []), "after": new["guesses"]}
-      for old, new in itertools.zip_longest(before, after, fillvalue={})
+      for old, new in itertools.zip_longest(first_guesses, after, fillvalue={})
     ],
   )
   lock.close()
@@ -271,7 +307,7 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
       for line in config.differences(before, c)
       if not line.startswith(config.FREE_ON_RESUME)
     ]
-    if changed and has_checkpoint(workdir):
+    if changed and newest_step(workdir) is not None:
       raise InputError(
         f"{workdir} has a run with another config: {'; '.join(changed)}; take"
         " these back, or another --workdir"
@@ -290,7 +326,7 @@ def claim_store(workdir: str, store: TokenStore) -> None:
     InputError: The run that is there was made with another store.
   """
   path = os.path.join(workdir, "store.json")
-  if os.path.exists(path) and has_checkpoint(workdir):
+  if os.path.exists(path) and newest_step(workdir) is not None:
     with open(path, encoding="utf-8") as file:
       before = json.load(file)["manifest_sha256"]
     if before != store.hash:
@@ -302,12 +338,31 @@ def claim_store(workdir: str, store: TokenStore) -> None:
   write_text(path, json.dumps({"manifest_sha256": store.hash}) + "\n")
 
 
-def has_checkpoint(workdir: str) -> bool:
-  """Says whether a run in the workdir has saved anything yet."""
-  folder = os.path.join(workdir, "checkpoints")
-  return os.path.isdir(folder) and any(
-    name.isdigit() for name in os.listdir(folder)
-  )
+def check_stopped(run: str) -> None:
+  """Raises InputError if a process still trains in a run's workdir."""
+  try:
+    with open(os.path.join(run, "lock"), "rb") as lock:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise InputError(
+      f"train.continue_from={run}: a process still trains there; stop it first"
+    ) from error
+  except OSError:
+    return  # a copy without its lock, or a file system that knows none
+
+
+def check_tokenizer(run: str, store: TokenStore) -> None:
+  """Raises InputError if a store isn't of the tokenizer of a run."""
+  from flaxmlm import tokenizers
+
+  theirs = tokenizers.load(os.path.join(run, "tokenizer")).fingerprint
+  if store.manifest["tokenizer"] != theirs:
+    raise InputError(
+      f"{store.folder} was made with another tokenizer than"
+      f" train.continue_from={run}; make a store with"
+      f" tokenizer.path={os.path.join(run, 'tokenizer')}, or take the"
+      " parameters alone by model.init_from"
+    )
 
 
 def write_text(path: str, text: str) -> None:
@@ -338,7 +393,7 @@ def open_data(
   own = os.path.join(workdir, "store")
   if c.data.store is not None:
     store = open_store(c.data.store)
-  elif has_checkpoint(workdir):
+  elif newest_step(workdir) is not None:
     store = open_store(own)
   else:
     store = prepare.prepare_store(c, own)

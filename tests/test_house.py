@@ -16,7 +16,10 @@ FLOORS = {
   "objectives": {"models"},
   "training": {"models", "objectives"},
   "interop": {"models"},
-  "inference": {"tokenizers", "models", "objectives", "training", "interop"},
+  "inference": {
+    *("tokenizers", "models", "objectives", "training", "interop"),
+    "config",
+  },
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}
 PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask"]

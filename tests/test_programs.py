@@ -312,7 +312,14 @@ def test_another_vocabulary_keeps_what_it_shares(run):
   texts = [(ROOT / "docs" / "data.md").read_text()]
   other = tokenizers.train(texts, kind="unigram", vocab_size=300)
   said = []
-  params = start_from(str(run), other, m.params, said.append)
+  params = start_from(
+    str(run),
+    other,
+    m.params,
+    said.append,
+    options=m.config["model"],
+    seed=0,
+  )
   old = np.asarray(m.params["encoder"]["embeddings"]["word"]["embedding"])
   new = np.asarray(params["encoder"]["embeddings"]["word"]["embedding"])
   assert new.shape == (300, old.shape[1])

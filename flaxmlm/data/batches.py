@@ -1,7 +1,8 @@
 """Batches: a pure function of (store, plan, seed, step).
 
 There is no iterator and so no state to save: batch s holds the row uses
-s * B, … (s + 1) * B - 1; use n is the row at place n mod R of epoch n // R, and
+s * B, … (s + 1) * B - 1 (a run that goes on from another: so many from where
+that one was); use n is the row at place n mod R of epoch n // R, and
 an epoch's order is a permutation that is computed, place by place, from (seed,
 epoch). Grain's MapDataset (range, shuffle, repeat, mix) would do the same, but
 costs 20 to 64 µs a row, as much as reading its tokens, 3 s of import time, and
@@ -51,6 +52,7 @@ def at(
   step: int,
   batch_size: int,
   weights: Sequence[float] = (),
+  offset: int = 0,
   shard: tuple[int, int] = (0, 1),
 ) -> HostBatch:
   """Returns the batch of a step, or this host's part of it.
@@ -66,11 +68,13 @@ def at(
     step: Number of the step, from 0.
     batch_size: B of the global batch.
     weights: Relative shares of the plans, rounded to 1/4096, at least that.
+    offset: Row use that step 0 begins with; less than 0 if the order begins at
+      a later step.
     shard: (index, count): which block of B / count rows to read.
 
   Returns:
-    Rows `index * B / count` on of the global batch. `example` is step * B + its
-    place in the global batch, modulo 2^31: no two uses of a row share it.
+    Rows `index * B / count` on of the global batch. `example` is the
+    number of the row use, modulo 2^31: no two uses of a row share it.
 
   Raises:
     InputError: A plan has no rows; the hosts don't divide the batch.
@@ -87,7 +91,9 @@ def at(
         f"source {source} of data.source has no {plan.split} rows; leave it out"
       )
   size = batch_size // count
-  use = step * batch_size + index * size + np.arange(size, dtype=np.int64)
+  use = (
+    offset + step * batch_size + index * size + np.arange(size, dtype=np.int64)
+  )
   example = (use % 2**31).astype(np.int32)
   if len(plans) == 1:
     rows = row_at(plans[0].rows, use, seed=seed)

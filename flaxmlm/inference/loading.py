@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flaxmlm import InputError, models, tokenizers
+from flaxmlm.config import from_json
 from flaxmlm.interop import huggingface
 from flaxmlm.models import Inputs, Model
 from flaxmlm.models.model import Params
@@ -288,8 +288,7 @@ def load(folder: str) -> LoadedModel:
     )
   if huggingface.is_folder(folder):
     return _load_huggingface(folder)
-  with open(path, encoding="utf-8") as file:
-    config = json.load(file)
+  config = from_json(path).to_dict()
   tokenizer = tokenizers.load(os.path.join(folder, "tokenizer"))
   model = models.build(
     # The backend was chosen for the machine that trained.

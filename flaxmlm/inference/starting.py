@@ -1,17 +1,26 @@
-"""Parameters to begin a run with, from a workdir or a Hugging Face folder."""
+"""What a run begins with: the parameters of a folder, or the state of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from flaxmlm import InputError
+from flaxmlm import InputError, models
+from flaxmlm.config import from_json
 from flaxmlm.inference.loading import LoadedModel, load
-from flaxmlm.models.model import Params
+from flaxmlm.inference.tiling import tile
+from flaxmlm.models import roberta
+from flaxmlm.models.model import Params, count_parameters
 from flaxmlm.tokenizers import Tokenizer
+from flaxmlm.training import checkpoints
+from flaxmlm.training.optimizers import make_optimizer
+from flaxmlm.training.step import State, make_init, state_shapes
 
 # What has one row or entry a token.
 _BY_TOKEN = (
@@ -21,21 +30,33 @@ _BY_TOKEN = (
 )
 
 
+_DIMENSIONS = ("layers", "width", "heads", "ffn")
+
+
 def start_from(
-  folder: str, tokenizer: Tokenizer, fresh: Params, say: Callable[[str], None]
+  folder: str,
+  tokenizer: Tokenizer,
+  fresh: Params,
+  say: Callable[[str], None],
+  *,
+  options: Mapping[str, Any],
+  seed: int,
 ) -> Params:
-  """Returns a folder's parameters, fitted to a tokenizer.
+  """Returns a folder's parameters, fitted to a tokenizer and to a size.
 
   Where the vocabularies differ, the row of a token that both have is kept; a
   new token gets the mean of the rows of the pieces that the folder's tokenizer
-  makes of its text, or of all rows if it makes none.
+  makes of its text, or of all rows if it makes none. A longer table of
+  positions repeats the folder's. A larger model is tiled: see `tiling`.
 
   Args:
     folder: A workdir or a Hugging Face folder.
     tokenizer: The run's.
-    fresh: Initial parameters of the same architecture; they stand in for an
-      MLM head that the folder lacks.
+    fresh: Initial parameters of the run's model; they stand in for an MLM head
+      that the folder lacks.
     say: Is told what was done.
+    options: The `model` keys of the run.
+    seed: Seed of the tiling.
 
   Raises:
     InputError: The folder can't be loaded, or has another vocabulary and no
@@ -60,8 +81,8 @@ def start_from(
   if rows is not None:
     shared = sum(len(row) == 1 for row in rows)
     say(
-      f"{folder}: another vocabulary; {shared:,} of {len(rows):,} tokens keep"
-      f" their rows, {len(rows) - shared:,} are means of their pieces"
+      f"{folder}: another vocabulary; {shared:,} of {len(rows):,} tokens keep a"
+      f" row as it is, {len(rows) - shared:,} are means of their pieces"
     )
 
   def fit(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -73,8 +94,109 @@ def start_from(
     means = [old[row].mean(axis=0) if row else every for row in rows]
     return jnp.asarray(np.stack(means))
 
-  fitted = jax.tree_util.tree_map_with_path(fit, params)
-  return fresh | fitted
+  params = jax.tree_util.tree_map_with_path(fit, params)
+  params = _with_positions(params, m.config["model"], options, folder, say)
+  if any(options[name] != m.config["model"][name] for name in _DIMENSIONS):
+    old = m.config["model"]
+    params = tile(params, fresh, old=old, new=options, seed=seed)
+    changes = ", ".join(
+      f"{name} {old[name]} -> {options[name]}" for name in _DIMENSIONS
+    )
+    say(
+      f"{folder}: {count_parameters(m.params):,} parameters are tiled into"
+      f" {count_parameters(params):,} ({changes})"
+    )
+  return fresh | params
+
+
+def continue_from(
+  run: str, shapes: State, mesh: Mesh, say: Callable[[str], None]
+) -> State:
+  """Returns the newest state of a run: parameters, optimizer state and step.
+
+  Args:
+    run: Its workdir.
+    shapes: Shape, dtype and sharding of every array of the state to be. It may
+      have more positions than the run's.
+    mesh: Where the state is to be.
+    say: Is told what was done.
+
+  Raises:
+    InputError: The run has saved nothing, or its arrays are of other shapes.
+  """
+  config = from_json(os.path.join(run, "config.json"))
+  V = shapes.params["encoder"]["embeddings"]["word"]["embedding"].shape[0]
+  model = models.build(config.model, vocab_size=V, dtype="float32")
+  optimizer = make_optimizer(config.optimizer, steps=config.train.steps)
+  theirs = state_shapes(*make_init(model, optimizer, mesh))
+  directory = os.path.abspath(os.path.join(run, "checkpoints"))
+  state = checkpoints.restore_other(directory, theirs)
+  # The leaves alone: an optimizer without clipping is a level less deep.
+  old = jax.tree_util.tree_flatten_with_path(state)[0]
+  new, structure = jax.tree.flatten(shapes)
+  lengths = set()
+
+  def fit(path: tuple[Any, ...], leaf: Any, want: Any) -> jax.Array:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if leaf.shape != want.shape and name.endswith("position/embedding"):
+      lengths.add((leaf.shape[0], want.shape[0]))
+      first = _first_position(config.model)
+      leaf = repeat_positions(np.asarray(leaf), want.shape[0], first)
+    if leaf.shape != want.shape:
+      raise InputError(
+        f"{run}: {name} has shape {leaf.shape}, the model {want.shape}"
+      )
+    return jax.device_put(leaf, want.sharding)
+
+  leaves = [
+    fit(path, x, want) for (path, x), want in zip(old, new, strict=True)
+  ]
+  for before, after in lengths:
+    say(f"{run}: {before} positions are repeated to {after}")
+  return jax.tree.unflatten(structure, leaves)
+
+
+def repeat_positions(
+  table: np.ndarray, size: int, first: int = 0
+) -> np.ndarray:
+  """Returns a longer table of positions: the old one again and again.
+
+  Longformer was begun from RoBERTa like this (Beltagy et al., 2020, section 5):
+  what attention has learnt of nearby tokens then holds everywhere but where
+  copies meet.
+
+  Args:
+    table: [P E].
+    size: Rows wanted.
+    first: Rows that no position has, before the others.
+  """
+  rows = np.arange(size - first) % (len(table) - first)
+  return np.concatenate([table[:first], table[first:][rows]])
+
+
+def _first_position(options: Mapping[str, Any]) -> int:
+  return roberta.FIRST_POSITION if options["family"] == "roberta" else 0
+
+
+def _with_positions(
+  params: Params,
+  old: Mapping[str, Any],
+  new: Mapping[str, Any],
+  folder: str,
+  say: Callable[[str], None],
+) -> Params:
+  """Returns parameters with the number of positions that the run has."""
+  before, after = old["max_positions"], new["max_positions"]
+  embeddings = dict(params["encoder"]["embeddings"])
+  if before == after or "position" not in embeddings:
+    return params
+  first = _first_position(old)
+  table = np.asarray(embeddings["position"]["embedding"])
+  longer = repeat_positions(table, after + first, first)
+  embeddings["position"] = {"embedding": jnp.asarray(longer)}
+  say(f"{folder}: {before} positions are repeated to {after}")
+  encoder = params["encoder"] | {"embeddings": embeddings}
+  return params | {"encoder": encoder}
 
 
 def _rows(m: LoadedModel, new: Tokenizer) -> list[list[int]] | None:

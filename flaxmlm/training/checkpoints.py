@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
@@ -61,12 +62,32 @@ def restore_params(directory: str, shapes: Params) -> tuple[int, Params]:
   """Returns the step and the parameters of the newest checkpoint.
 
   Args:
-    directory: A folder that `open_folder` was given.
+    directory: A folder that `open_folder` was given; nothing is changed there.
     shapes: Shape and dtype of every parameter.
 
   Raises:
     InputError: There is no checkpoint.
   """
+  step, loaded = _load_newest(directory, {"params": shapes})
+  return step, loaded["params"]
+
+
+def restore_other(directory: str, shapes: State) -> State:
+  """Returns the newest state of another run, whose folder stays as it is.
+
+  Args:
+    directory: A folder that `open_folder` was given.
+    shapes: Shape, dtype and sharding of every array, on any mesh.
+
+  Raises:
+    InputError: There is no checkpoint.
+  """
+  return State(**_load_newest(directory, shapes._asdict())[1])
+
+
+def _load_newest(
+  directory: str, shapes: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
   _quiet()
   latest = None
   if os.path.isdir(directory):
@@ -77,8 +98,7 @@ def restore_params(directory: str, shapes: Params) -> tuple[int, Params]:
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   with context:
-    loaded = ocp.load(latest.path, {"params": shapes})
-  return latest.step, loaded["params"]
+    return latest.step, ocp.load(latest.path, shapes)
 
 
 def _quiet() -> None:

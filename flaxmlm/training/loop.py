@@ -29,12 +29,16 @@ from flaxmlm.training.step import EvalStep, State, TrainStep
 
 
 class Schedule(NamedTuple):
-  """When the loop does what, in steps; 0 means at the end only."""
+  """When the loop does what, in steps; 0 means at the end only.
+
+  A run that goes on from another one begins at step `first`.
+  """
 
   steps: int
   log_every: int
   eval_every: int
   save_every: int
+  first: int = 0
 
 
 class Cost(NamedTuple):
@@ -43,6 +47,7 @@ class Cost(NamedTuple):
   tokens: int  # of the global batch, padding included
   flops: float
   peak: metrics.Peak | None
+  tokens_before: int = 0  # that were seen before the run's first step
 
 
 def run(
@@ -93,7 +98,8 @@ def run(
     values = {f"train/{k}": v for k, v in metrics.means(sums).items()}
     for name in ("grad_norm", "learning_rate"):
       values[f"train/{name}"] = sums[name] / len(window)
-    values["train/tokens"] = float(step * cost.tokens)
+    own = (step - schedule.first) * cost.tokens
+    values["train/tokens"] = float(cost.tokens_before + own)
     now = time.perf_counter()
     seconds = now - mark - paused
     if timed:
@@ -108,10 +114,10 @@ def run(
     return values
 
   with _signals() as stop, _progress(first, schedule.steps) as show:
-    if first == 0:  # what knowing nothing is worth
+    if first == schedule.first:  # what it begins with: as a rule, nothing
       values = evaluate(state.params)
-      write(0, values)
-      show.step(0, values)
+      write(first, values)
+      show.step(first, values)
     for step in range(first + 1, schedule.steps + 1):
       begin = time.perf_counter()
       batch = batch_at(step - 1)

@@ -123,21 +123,23 @@ class Writer(NamedTuple):
 
 
 @contextmanager
-def open_writer(workdir: str, *, step: int) -> Iterator[Writer]:
+def open_writer(workdir: str, *, step: int, first: int = 0) -> Iterator[Writer]:
   """Opens WORKDIR/metrics.jsonl and WORKDIR/tensorboard for a run.
 
   Lines later than `step`, of a run that was killed after its last checkpoint,
-  are taken out, at step 0 all of them: those steps are about to be run again.
+  are taken out, at its `first` step all of them: those steps are about to be
+  run again.
   """
   from tensorboardX import SummaryWriter
 
   path = os.path.join(workdir, "metrics.jsonl")
-  kept = [line for line in read(path) if 0 < step >= line["step"]]
+  kept = [line for line in read(path) if first < step >= line["step"]]
   with open(path + ".tmp", "w", encoding="utf-8") as file:
     file.writelines(_line(line) for line in kept)
   os.replace(path + ".tmp", path)
   board = SummaryWriter(
-    os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else 0
+    os.path.join(workdir, "tensorboard"),
+    purge_step=step + 1 if step > first else 0,
   )
   try:
     with open(path, "a", encoding="utf-8") as file:
@@ -146,7 +148,7 @@ def open_writer(workdir: str, *, step: int) -> Iterator[Writer]:
     board.close()
 
 
-def _line(values: Mapping[str, float]) -> str:
+def _line(values: Mapping[str, float | int]) -> str:
   """Returns a line of metrics.jsonl; what isn't finite is null there."""
   finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
   return json.dumps(finite) + "\n"

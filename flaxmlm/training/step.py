@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -42,6 +43,17 @@ def make_init(
   shapes = jax.eval_shape(init, jax.random.key(0))
   places = sharding.tree_sharding(mesh, shapes)
   return jax.jit(init, out_shardings=places), places
+
+
+def state_shapes(
+  init: Callable[[Key[Array, ""]], State], state_sharding: Any
+) -> State:
+  """Returns shape, dtype and sharding of every array of `make_init`'s state."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    jax.eval_shape(init, jax.random.key(0)),
+    state_sharding,
+  )
 
 
 def make_train_step(
@@ -122,7 +134,7 @@ def make_eval_step(
   *,
   mesh: Mesh,
   params_sharding: Any,
-  log_unigram: Float[Array, " V"],
+  log_unigram: Float[np.ndarray, " V"],
 ) -> EvalStep:
   """Returns the jitted `(params, batch) -> sums`, without dropout.
 

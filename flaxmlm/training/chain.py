@@ -1,0 +1,119 @@
+"""The runs that a run goes on from: WORKDIR/chain.json.
+
+Each run of a chain is a phase: a config and a workdir of its own. Steps are
+counted through the whole chain. The file is written once, before the first step
+of a phase, and is all that it needs of the others from then on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+FILE = "chain.json"
+
+
+class Phase(NamedTuple):
+  """One run of a chain.
+
+  Attributes:
+    workdir: Where it is, or was.
+    config: Its config, as nested dicts.
+    store: sha256 of the manifest of its store.
+    first_step: Steps done before it, of the whole chain.
+    last_step: Steps done at its end, or until now.
+    first_row: Row uses of its order of the data that phases before it made.
+  """
+
+  workdir: str
+  config: dict[str, Any]
+  store: str
+  first_step: int
+  last_step: int
+  first_row: int
+
+  @property
+  def steps(self) -> int:
+    """Steps of this phase alone."""
+    return self.last_step - self.first_step
+
+  @property
+  def rows(self) -> int:
+    """Rows that this phase has seen."""
+    return self.steps * self.config["train"]["batch_size"]
+
+  @property
+  def tokens(self) -> int:
+    """Tokens that this phase has seen, padding included."""
+    return self.rows * self.config["data"]["row_length"]
+
+  @property
+  def row_offset(self) -> int:
+    """Row use of step 0, were all steps like this phase's; see `batches.at`."""
+    before = self.first_step * self.config["train"]["batch_size"]
+    return self.first_row - before
+
+
+def read_chain(workdir: str) -> list[Phase]:
+  """Returns the phases of a run, the oldest first, the run itself last."""
+  step, path = newest_step(workdir), os.path.join(workdir, FILE)
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      *before, own = (Phase(**values) for values in json.load(file))
+  else:
+    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+      config = json.load(file)
+    with open(os.path.join(workdir, "store.json"), encoding="utf-8") as file:
+      store = json.load(file)["manifest_sha256"]
+    before, own = [], Phase(workdir, config, store, 0, 0, 0)
+  step = own.first_step if step is None else step
+  return [*before, own._replace(workdir=workdir, last_step=step)]
+
+
+def find_chain(
+  workdir: str, config: Mapping[str, Any], store: str
+) -> list[Phase]:
+  """Returns the phases of a run that may not have begun yet.
+
+  With the order of the data as it was (store, seed, row length, weights) a
+  phase goes on in it, with any batch size; else it begins a new one.
+
+  Args:
+    workdir: Of the run.
+    config: Its config, as nested dicts.
+    store: sha256 of the manifest of its store.
+  """
+  run = config["train"]["continue_from"]
+  if newest_step(workdir) is not None:
+    return read_chain(workdir)
+  if run is None:
+    return [Phase(workdir, dict(config), store, 0, 0, 0)]
+  before = read_chain(run)
+  last = before[-1]
+
+  def order(config: Mapping[str, Any], store: str) -> tuple[Any, ...]:
+    data = config["data"]
+    weights = tuple(data["weights"])
+    return store, config["seed"], data["row_length"], weights
+
+  same = order(last.config, last.store) == order(config, store)
+  step = last.last_step
+  row = last.first_row + last.rows if same else 0
+  return [*before, Phase(workdir, dict(config), store, step, step, row)]
+
+
+def write_chain(workdir: str, phases: list[Phase]) -> None:
+  """Writes the chain of a run."""
+  path = os.path.join(workdir, FILE)
+  with open(path + ".tmp", "w", encoding="utf-8") as file:
+    json.dump([phase._asdict() for phase in phases], file, indent=2)
+  os.replace(path + ".tmp", path)
+
+
+def newest_step(workdir: str) -> int | None:
+  """Returns the step of a run's newest checkpoint; None if there is none."""
+  folder = os.path.join(workdir, "checkpoints")
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return max((int(name) for name in names if name.isdigit()), default=None)

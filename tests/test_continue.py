@@ -1,0 +1,497 @@
+"""Going on from a run, with longer rows, and into a larger model."""
+
+import fcntl
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_programs import environment, lines, program
+
+import flaxmlm
+from flaxmlm import InputError, config, models, train
+from flaxmlm.data import batches, rows
+from flaxmlm.data.store import open_store
+from flaxmlm.inference import starting, tiling
+from flaxmlm.models import Inputs
+from flaxmlm.training import chain
+
+TINY = """
+from flaxmlm.config import defaults
+
+def get_config():
+  c = defaults()
+  c.data.source = "TEXT"
+  c.data.document = "paragraph"
+  c.data.row_length = 32
+  c.data.validation_fraction = 0.1
+  c.tokenizer.vocab_size = 300
+  c.model.layers = 2
+  c.model.width = 32
+  c.model.heads = 2
+  c.model.ffn = 64
+  c.model.max_positions = 32
+  c.optimizer.peak_lr = 1e-2
+  c.optimizer.schedule = "constant"
+  c.optimizer.warmup_steps = 4
+  c.train.steps = 12
+  c.train.batch_size = 16
+  c.eval.every = 0
+  c.eval.rows = 16
+  c.checkpoint.every = 5
+  c.log.every = 4
+  return c
+"""
+
+
+def fit(*overrides: str, workdir, path=None, code=0) -> str:
+  """Trains; returns what was printed."""
+  args = [f"--config.{o}" for o in overrides]
+  if path is not None:
+    args.append(f"--config={path}")
+  return program("train", f"--workdir={workdir}", *args, code=code)
+
+
+def parse(*overrides: str, workdir="nowhere", path=None):
+  args = [f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+  if path is not None:
+    args.append(f"--config={path}")
+  return config.parse(config.parser(None), args)[1]
+
+
+def arrays(folder) -> list[np.ndarray]:
+  return jax.tree.leaves(flaxmlm.load(str(folder)).params)
+
+
+def assert_same(a, b):
+  for x, y in zip(arrays(a), arrays(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> pathlib.Path:
+  return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="session")
+def file(folder) -> pathlib.Path:
+  path = folder / "tiny.py"
+  text = folder / "docs.txt"
+  pages = sorted((ROOT / "docs").glob("*.md"))
+  text.write_text("\n\n".join(page.read_text() for page in pages))
+  path.write_text(TINY.replace("TEXT", str(text)))
+  return path
+
+
+@pytest.fixture(scope="session")
+def run(folder, file) -> pathlib.Path:
+  """A run of twelve steps at a constant learning rate."""
+  workdir = folder / "stable"
+  fit(workdir=workdir, path=file)
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def decay(folder, run) -> pathlib.Path:
+  """Its decay: eight more steps."""
+  workdir = folder / "decay"
+  out = fit(
+    f"train.continue_from={run}",
+    "optimizer.schedule=wsd",
+    "optimizer.decay_steps=8",
+    "train.steps=20",
+    workdir=workdir,
+  )
+  assert f"{run}, step 12 of 20" in out and "goes on, at row use 192" in out
+  return workdir
+
+
+def test_two_phases_are_the_run_left_alone(folder, file, run, decay):
+  alone = folder / "alone"
+  fit(
+    f"data.store={run}/store",
+    "optimizer.schedule=wsd",
+    "optimizer.decay_steps=8",
+    "train.steps=20",
+    workdir=alone,
+    path=file,
+  )
+  assert_same(alone, decay)
+  whole = [
+    x
+    for x in lines(alone / "metrics.jsonl")
+    if x["step"] > 12 and "train/loss" in x
+  ]
+  phase = [x for x in lines(decay / "metrics.jsonl") if "train/loss" in x]
+  for name in ("step", "train/loss", "train/learning_rate", "train/tokens"):
+    assert [x[name] for x in phase] == [x[name] for x in whole]
+
+
+def test_a_phase_begins_where_the_run_ended(run, decay):
+  first = lines(decay / "metrics.jsonl")[0]
+  assert first["step"] == 12
+  assert first["eval/loss"] == lines(run / "metrics.jsonl")[-1]["eval/loss"]
+
+
+def test_a_killed_phase_ends_as_if_left_alone_without_the_run(
+  folder, run, decay
+):
+  copy, workdir = folder / "copy", folder / "killed"
+  shutil.copytree(run, copy)
+  line = [
+    *(sys.executable, "-m", "flaxmlm.train", f"--workdir={workdir}"),
+    f"--config.train.continue_from={copy}",
+    f"--config.data.store={run}/store",
+    "--config.optimizer.schedule=wsd",
+    "--config.optimizer.decay_steps=8",
+    "--config.train.steps=20",
+    "--config.log.every=1",
+  ]
+  process = subprocess.Popen(
+    line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+  )
+  saved = workdir / "checkpoints" / "15"
+  while not saved.exists():
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  shutil.rmtree(copy)
+  program("train", *line[3:])
+  assert_same(workdir, decay)
+  assert [
+    x["step"] for x in lines(workdir / "metrics.jsonl") if "train/loss" in x
+  ] == [*range(13, 21)]
+
+
+def test_the_chain_is_recorded(folder, run, decay):
+  old, new = chain.read_chain(str(decay))
+  assert (old.workdir, old.first_step, old.last_step) == (str(run), 0, 12)
+  assert (new.first_step, new.last_step, new.first_row) == (12, 20, 12 * 16)
+  assert old.config["optimizer"]["schedule"] == "constant"
+  assert new.config["optimizer"]["schedule"] == "wsd"
+  assert (old.tokens, new.tokens) == (12 * 16 * 32, 8 * 16 * 32)
+  assert new.config == json.loads((decay / "config.json").read_text())
+
+
+def test_the_next_phase_may_differ_in_much(folder, run, decay):
+  text = folder / "other.txt"
+  text.write_text("".join(f"A line with the number {i}.\n" for i in range(400)))
+  workdir = folder / "third"
+  out = fit(
+    f"train.continue_from={decay}",
+    f"data.source={text}",
+    "data.document=line",
+    "data.row_length=64",
+    "model.max_positions=64",
+    "model.dropout=0",
+    "objective.rate=0.3",
+    "optimizer.clip_norm=None",
+    "train.batch_size=8",
+    "train.steps=23",
+    "seed=5",
+    workdir=workdir,
+  )
+  assert "32 positions are repeated to 64" in out
+  assert "begins anew, at row use 0" in out
+  phases = chain.read_chain(str(workdir))
+  assert [phase.last_step for phase in phases] == [12, 20, 23]
+  assert phases[-1].first_row == 0
+  tokens = lines(workdir / "metrics.jsonl")[-2]["train/tokens"]
+  assert tokens == 20 * 16 * 32 + 3 * 8 * 64
+  m = flaxmlm.load(str(workdir))
+  assert m.max_length == 64 and m.step == 23
+  before = flaxmlm.load(str(run)).tokenizer
+  assert m.tokenizer.fingerprint == before.fingerprint
+
+
+def test_preview_shows_the_rows_of_a_phase(folder, run, decay):
+  path = folder / "rows.jsonl"
+  args = [f"--workdir={decay}", f"--json={path}"]
+  program("preview", *args, "--steps=13:14")
+  shown = [json.loads(line)["original_ids"] for line in path.open()]
+  store = open_store(str(run / "store"))
+  plan = rows.load(store, "train", 32)
+  want = batches.at(store, plan, seed=0, step=13, batch_size=16)
+  assert shown == want.ids.tolist()
+  error = program("preview", *args, "--steps=3:4", code=2)
+  assert "begins at step 12" in error and str(run) in error
+
+
+def test_another_batch_size_goes_on_in_the_same_order(run):
+  store = open_store(str(run / "store"))
+  c = parse(
+    f"train.continue_from={run}", "train.batch_size=8", "train.steps=13"
+  )
+  phase = chain.find_chain("nowhere", c.to_dict(), store.hash)[-1]
+  plan = rows.load(store, "train", 32)
+  got = batches.at(
+    store, plan, seed=0, step=12, batch_size=8, offset=phase.row_offset
+  )
+  want = batches.at(store, plan, seed=0, step=12, batch_size=16)
+  np.testing.assert_array_equal(got.ids, want.ids[:8])
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    (["train.steps=12"], "train.steps=12: "),
+    (["model.width=64"], "model.width=64, but "),
+    (["model.layers=1"], "model.layers=1, but "),
+    (["model.norm_eps=1e-5"], "model.norm_eps=1e-05, but "),
+    (["model.max_positions=16"], "model.max_positions=16, but "),
+    (["optimizer.name=lamb"], "optimizer.name='lamb', but "),
+    (["tokenizer.kind=bpe"], "tokenizer.kind='bpe', but "),
+    (["model.init_from=x"], "model.init_from=x: "),
+    (["data.row_length=64"], "data.row_length=64 is longer than"),
+    (["train.continue_from=nowhere"], "train.continue_from=nowhere: no run"),
+  ],
+)
+def test_what_a_phase_may_not_change_is_named(run, overrides, words):
+  given = [f"train.continue_from={run}", "train.steps=20", *overrides]
+  with pytest.raises(InputError) as error:
+    parse(*given)
+  assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+def test_a_phase_needs_a_workdir_of_its_own(run):
+  with pytest.raises(InputError, match="needs another one"):
+    parse(f"train.continue_from={run}", workdir=run)
+
+
+def test_a_run_that_still_trains_is_refused(run):
+  with open(run / "lock", "wb") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="a process still trains there"):
+      train.check_stopped(str(run))
+
+
+def test_a_store_of_another_tokenizer_is_refused(folder, file, run):
+  line = [f"--config={file}", "--config.tokenizer.vocab_size=280"]
+  program("prepare", *line, f"--out={folder}/store")
+  error = fit(
+    f"train.continue_from={run}",
+    f"data.store={folder}/store",
+    "train.steps=13",
+    workdir=folder / "refused",
+    code=2,
+  )
+  assert "was made with another tokenizer" in error
+
+
+def test_what_isnt_set_is_the_runs_even_in_a_file(run, file):
+  c = parse(f"train.continue_from={run}", "train.steps=13")
+  want = config.from_json(str(run / "config.json"))
+  changed = {line.split(":")[0] for line in config.differences(want, c)}
+  assert changed == {"data.store", "train.steps", "train.continue_from"}
+
+
+def test_a_key_set_to_its_default_counts_as_set(folder, run):
+  path = folder / "phase.py"
+  path.write_text(
+    "from flaxmlm.config import defaults\n\ndef get_config():\n"
+    "  c = defaults()\n  c.train.batch_size = 256\n"
+    f"  c.train.continue_from = {str(run)!r}\n  return c\n"
+  )
+  c = parse("train.steps=13", path=path)
+  assert c.train.batch_size == 256 and c.optimizer.schedule == "constant"
+
+
+def test_load_takes_a_run_of_before_a_key_was_there(folder, run):
+  old = folder / "old"
+  shutil.copytree(run, old)
+  values = json.loads((old / "config.json").read_text())
+  for name in ("norm_eps", "hidden_act", "global_rope_theta"):
+    del values["model"][name]
+  (old / "config.json").write_text(json.dumps(values))
+  assert_same(old, run)
+
+
+# A longer table of positions.
+
+
+def test_positions_are_repeated_behind_the_rows_that_none_has():
+  table = np.arange(10.0).reshape(5, 2)
+  longer = starting.repeat_positions(table, 9, first=2)
+  assert longer[:, 0].tolist() == [0, 2, 4, 6, 8, 4, 6, 8, 4]
+
+
+# A larger model.
+
+SMALL = {
+  **config.defaults().model.to_dict(),
+  "layers": 2,
+  "width": 12,
+  "heads": 2,
+  "ffn": 20,
+  "max_positions": 16,
+  "norm_eps": 1e-6,
+  "local_attention": 4,
+  "init_stddev": 0.3,
+}
+V = 40
+
+
+def build(options):
+  return models.build(options, vocab_size=V, dtype="float32")
+
+
+def random_params(options, seed=0):
+  """Parameters of unit scale, biases and norms included."""
+  params = jax.jit(build(options).init)(jax.random.key(seed))
+  random = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: x + random.normal(0, 0.2, x.shape).astype(np.float32), params
+  )
+
+
+def logits(options, params):
+  random = np.random.default_rng(1)
+  ids = random.integers(0, V, (3, 16)).astype(np.int32)
+  segments = np.repeat([[1] * 9 + [2] * 5 + [0] * 2], 3, 0).astype(np.int32)
+  positions = np.repeat([[*range(9), *range(5), 0, 0]], 3, 0).astype(np.int32)
+  inputs = Inputs(*map(jnp.asarray, (ids, segments, positions, 0 * ids)))
+  model = build(options)
+
+  @jax.jit
+  def run(params):
+    return model.predict(params, model.encode(params, inputs, None))
+
+  return np.asarray(run(params))[:, :14]
+
+
+FAMILIES = ["bert", "roberta", "distilbert", "albert", "electra", "modernbert"]
+
+
+def family_options(family):
+  narrow = {"embedding_size": 8} if family in ("albert", "electra") else {}
+  return SMALL | {"family": family} | narrow
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_model_of_a_multiple_of_the_width_computes_the_same(family, times):
+  old = family_options(family)
+  new = old | {name: times * old[name] for name in ("width", "heads", "ffn")}
+  small = random_params(old)
+  large = tiling.tile(small, random_params(new), old=old, new=new, seed=0)
+  want = logits(old, small)
+  assert want.std() > 0.3
+  np.testing.assert_allclose(logits(new, large), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_copy_has_the_gradient_of_the_original(family):
+  old = family_options(family)
+  new = old | {name: 2 * old[name] for name in ("width", "heads", "ffn")}
+  large = tiling.tile(
+    random_params(old), random_params(new), old=old, new=new, seed=0
+  )
+
+  def loss(params):
+    random = np.random.default_rng(1)
+    ids = jnp.asarray(random.integers(0, V, (3, 16)), jnp.int32)
+    inputs = Inputs(ids, ids * 0 + 1, jnp.arange(16) + ids * 0, ids * 0)
+    model = build(new)
+    hidden = model.encode(params, inputs, None)
+    scores = jax.nn.log_softmax(model.predict(params, hidden))
+    return -jnp.take_along_axis(scores, ids[..., None], -1).mean()
+
+  grads = jax.jit(jax.grad(loss))(large)["encoder"]["layer_0"]
+  F = tiling.centered(old["ffn"], new["ffn"])
+  inner = np.asarray(grads["intermediate"]["kernel"])
+  for unit in range(old["ffn"]):
+    a, b = inner[:, unit == F].T
+    assert np.abs(a - b).max() > 0.02 * np.abs(a).max()
+
+
+def test_each_axis_is_centred_and_wraps_around():
+  old = family_options("modernbert")
+  new = old | {"layers": 5, "width": 30, "heads": 5, "ffn": 33}
+  small = random_params(old)
+  fresh = random_params(new)
+  large = tiling.tile(small, fresh, old=old, new=new, seed=0)
+  table = np.asarray(small["encoder"]["embeddings"]["word"]["embedding"])
+  wide = np.asarray(large["encoder"]["embeddings"]["word"]["embedding"])
+  # By walking outwards from the middle, one column at a time.
+  left = (30 - 12) // 2
+  for column in range(30):
+    source = column - left
+    while source < 0:
+      source += 12
+    while source >= 12:
+      source -= 12
+    np.testing.assert_array_equal(wide[:, column], table[:, source])
+  # Over the copies of an input, the parts of a weight sum to the weight.
+  kernel = np.asarray(small["encoder"]["layer_1"]["intermediate"]["kernel"])
+  got = np.asarray(large["encoder"]["layer_1"]["intermediate"]["kernel"])
+  total = np.zeros((12, 33))
+  for row in range(30):
+    total[(row - left) % 12] += got[row]
+  shift = (33 - 20) // 2
+  want = kernel[:, [(j - shift) % 20 for j in range(33)]]
+  np.testing.assert_allclose(total, want, rtol=1e-5, atol=1e-6)
+  shapes = jax.tree.map(jnp.shape, large)
+  assert shapes == jax.tree.map(jnp.shape, fresh)
+
+
+@pytest.mark.parametrize(
+  ("family", "old", "new", "want"),
+  [
+    ("bert", 3, 6, [0, 0, 1, 1, 2, 2]),
+    ("bert", 2, 5, [0, 0, 0, 1, 1]),
+    # Global ones, every third, from global ones; the first from the first.
+    ("modernbert", 4, 7, [0, 1, 1, 3, 2, 2, 3]),
+  ],
+)
+def test_layers_are_repeated_in_place(family, old, new, want):
+  options = {"family": family, "global_attn_every_n_layers": 3}
+  got = tiling._layer_index(old, new, options, options)
+  assert got.tolist() == want
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    (["model.layers=1"], "larger, not smaller"),
+    (["model.width=48"], "model.heads=3 does"),
+    (["model.hidden_act=relu"], "leave the key out"),
+    (["model.max_positions=16"], "larger, not smaller"),
+  ],
+)
+def test_what_no_parameters_can_be_made_for_is_named(run, overrides, words):
+  with pytest.raises(InputError) as error:
+    parse(f"model.init_from={run}", "data.row_length=16", *overrides)
+  assert words in str(error.value) and overrides[0][:11] in str(error.value)
+
+
+def test_a_larger_model_begins_far_below_a_random_one(folder, file, run):
+  workdir = folder / "larger"
+  out = fit(
+    f"model.init_from={run}",
+    f"data.store={run}/store",
+    "model.width=64",
+    "model.heads=4",
+    "model.ffn=128",
+    "model.layers=4",
+    "model.max_positions=64",
+    "data.row_length=64",
+    "train.steps=1",
+    "optimizer.warmup_steps=1",
+    workdir=workdir,
+    path=file,
+  )
+  assert "are tiled into" in out and "layers 2 -> 4" in out
+  assert "32 positions are repeated to 64" in out
+  small = lines(run / "metrics.jsonl")[-1]["eval/loss"]
+  loss = lines(workdir / "metrics.jsonl")[0]["eval/loss"]
+  assert small < np.log(300) - 0.4
+  assert loss < small + 0.3
