@@ -19,7 +19,7 @@ FLOORS = {
   "inference": {"tokenizers", "models", "objectives", "training", "interop"},
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}
-PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask"]
+PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask", "export"]
 
 
 def imports(path) -> set[str]:
