@@ -1,12 +1,13 @@
-"""Writes a trained model as a Hugging Face folder.
+r"""Writes a trained model as a Hugging Face folder.
 
   python -m flaxmlm.export --workdir=runs/quickstart --format=huggingface \\
     --out=exported
 
 The folder has config.json, model.safetensors, tokenizer.json and README.md, a
-model card with how the model was trained. transformers and sentence-transformers
-load it; neither is needed here. Before it is called done, its tokenizer gives
-the same ids on 10,000 lines and its weights the same logits.
+model card with how the model was trained. transformers and
+sentence-transformers load it; neither is needed here. Before it is called done,
+its tokenizer gives the same ids on 10,000 lines and its weights the same
+logits.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
   print("its README.md has a place for the licence; try it:")
   text = f"The {m.tokenizer.tokens([vocab.mask])[0]} of the house."
   print(
-    "  python -c \"from transformers import pipeline; print(pipeline('fill-mask',"
-    f" '{out}')('{text}'))\""
+    '  python -c "from transformers import pipeline;'
+    f" print(pipeline('fill-mask', '{out}')('{text}'))\""
   )
 
 

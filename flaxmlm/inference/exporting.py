@@ -1,4 +1,4 @@
-"""A loaded model as a Hugging Face folder, and the proof that it is the same."""
+"""A loaded model as a Hugging Face folder, and proof that it is the same."""
 
 from __future__ import annotations
 

@@ -340,9 +340,11 @@ def _template(tokenizer: Tokenizer) -> Json:
 
 
 def _lowercase() -> list[Json]:
-  """Returns Python's `str.lower`, which knows the sigma at a word's end."""
-  word = r"[\p{L}\p{M}]"
-  return [_replace(f"(?<={word})Σ(?!{word})", "ς"), {"type": "Lowercase"}]
+  """Returns Python's `str.lower`, which has a sigma of its own at word ends."""
+  cased = r"\p{Lu}\p{Ll}\p{Lt}"
+  between = r"['.:’·\p{M}]"
+  final = rf"(?<=[{cased}]|[{cased}]{between})Σ(?!{between}*[{cased}])"
+  return [_replace(final, "ς"), {"type": "Lowercase"}]
 
 
 def _normalizers(steps: list[Json]) -> Json | None:
