@@ -7,7 +7,7 @@ import pathlib
 
 from flaxmlm import config
 
-PROGRAMS = ("prepare", "preview", "train", "evaluate", "fill_mask")
+PROGRAMS = ("prepare", "preview", "train", "evaluate", "fill_mask", "export")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ FLOORS = {
   },
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}
-PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask"]
+PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask", "export"]
 
 
 def imports(path) -> set[str]:

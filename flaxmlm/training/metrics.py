@@ -154,7 +154,7 @@ def _line(values: Mapping[str, float | int]) -> str:
   return json.dumps(finite) + "\n"
 
 
-def read(path: str) -> list[dict[str, float]]:
+def read(path: str) -> list[dict[str, int | float]]:
   """Reads metrics.jsonl; a last line cut off by a kill is left out."""
   if not os.path.exists(path):
     return []
