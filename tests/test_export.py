@@ -12,8 +12,9 @@ import pytest
 import sentencepiece
 import tokenizers as tokenizers_library
 from conftest import ROOT
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from flaxmlm import InputError, export, load, models, tokenizers
+from flaxmlm import InputError, config, export, load, models, tokenizers
 from flaxmlm.inference import exporting
 from flaxmlm.inference.loading import LoadedModel
 from flaxmlm.interop import families
@@ -34,26 +35,16 @@ ODD = [
   *("x" * 5000, "ab" * 3000, "=" * 777, "0" * 501, "...." * 77, "-" * 99),
   "The " * 3000,
 ]
-SHAPE = {
+SHAPE = config.defaults().model.to_dict() | {
   "layers": 2,
   "width": 16,
   "heads": 2,
   "ffn": 20,
   "max_positions": 64,
-  "segment_types": 2,
-  "embedding_size": None,
-  "hidden_act": "gelu",
   "dropout": 0.0,
   "attention_dropout": 0.0,
-  "norm_eps": 1e-12,
   "init_stddev": 0.5,
-  "tie_word_embeddings": True,
-  "num_hidden_groups": 1,
-  "inner_group_num": 1,
-  "global_attn_every_n_layers": 3,
   "local_attention": 8,
-  "global_rope_theta": 160_000.0,
-  "local_rope_theta": 10_000.0,
 }
 PROMPTS = [
   "The [MASK] of the object.",
@@ -230,14 +221,10 @@ def test_a_model_that_tokenizer_json_cant_say_is_refused(texts):
 
 def test_a_charsmap_is_read_whole():
   spec = sentence_piece._make_normalizer(lowercase=True)
-  proto = spec.serialized_model_proto()
-  from flaxmlm.tokenizers import protobuf
-
-  places = dict(protobuf.fields(proto))
-  places = dict(protobuf.fields(proto, places[3].start, places[3].stop))
+  proto = ModelProto.FromString(spec.serialized_model_proto())
   points = map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)])
   want = {c: " " if c.isspace() else c.lower() for c in points}
-  assert read_charsmap(proto[places[2]]) == {
+  assert read_charsmap(proto.normalizer_spec.precompiled_charsmap) == {
     old: new for old, new in want.items() if old != new
   }
 
@@ -258,10 +245,7 @@ def test_equal_pieces_are_cut_alike_wherever_they_stand(unigram):
 
 def build(family: str, tokenizer, **changes) -> LoadedModel:
   """A model with random parameters, as `load` would return it."""
-  own = (
-    {"segment_types": None} if family in ("distilbert", "modernbert") else {}
-  )
-  options = {"family": family} | SHAPE | own | changes
+  options = SHAPE | {"family": family} | changes
   model = models.build(
     options, vocab_size=tokenizer.vocab.size, dtype="float32"
   )

@@ -6,26 +6,23 @@ import base64
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import normalizers
 
 from flaxmlm import InputError
-from flaxmlm.tokenizers import protobuf
 from flaxmlm.tokenizers.hugging_face import HuggingFace
 from flaxmlm.tokenizers.sentence_piece import SentencePiece
 from flaxmlm.tokenizers.vocab import Tokenizer
 
-# Of sentencepiece_model.proto: fields, and what they may be.
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK = 3, 24, 35
-_CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA, _ESCAPE = 2, 3, 4, 5
-_UNIGRAM, _BPE = 1, 2
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
+_UNIGRAM, _BPE = TrainerSpec.UNIGRAM, TrainerSpec.BPE
+_NORMAL = ModelProto.SentencePiece.NORMAL
+_USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
+_UNUSED = ModelProto.SentencePiece.UNUSED
 
 Json = dict[str, Any]
 
@@ -94,41 +91,34 @@ def _from_hugging_face(tokenizer: HuggingFace) -> Json:
   return spec
 
 
-class _Piece(NamedTuple):
-  """A piece of a SentencePiece model; `kind` as its proto numbers them."""
-
-  name: str
-  score: float
-  kind: int
-
-
 def _from_sentence_piece(tokenizer: SentencePiece) -> Json:
   data = tokenizer.model.serialized_model_proto()
-  pieces, trainer, normalizer = _read_model(data)
-  kind = trainer.get(_MODEL_TYPE, _UNIGRAM)
+  proto = ModelProto.FromString(data)
+  pieces, trainer = proto.pieces, proto.trainer_spec
+  normalizer, kind = proto.normalizer_spec, trainer.model_type
   for wrong, what in (
     (kind not in (_UNIGRAM, _BPE), "is neither unigram nor BPE"),
-    (trainer.get(_SUFFIX), "has its spaces behind the words"),
-    (not normalizer.get(_ESCAPE, 1), "doesn't escape white space"),
-    (any(p.kind == _UNUSED for p in pieces), "has unused pieces"),
+    (trainer.treat_whitespace_as_suffix, "has its spaces behind the words"),
+    (not normalizer.escape_whitespaces, "doesn't escape white space"),
+    (any(p.type == _UNUSED for p in pieces), "has unused pieces"),
   ):
     if wrong:
       raise InputError(
         f"the SentencePiece model {what}, for which tokenizer.json has no words"
       )
-  dummy_prefix = normalizer.get(_DUMMY_PREFIX, 1)
-  remove_extra = bool(normalizer.get(_REMOVE_EXTRA, 1))
-  fallback = bool(trainer.get(_BYTE_FALLBACK))
+  dummy_prefix = normalizer.add_dummy_prefix
+  remove_extra = normalizer.remove_extra_whitespaces
+  fallback = trainer.byte_fallback
   special = set(tokenizer.vocab.specials)
   defined = [
-    piece.name
+    piece.piece
     for i, piece in enumerate(pieces)
-    if piece.kind == _USER_DEFINED and i not in special and kind == _BPE
+    if piece.type == _USER_DEFINED and i not in special and kind == _BPE
   ]
 
   normal = _lowercase() if tokenizer.settings.lowercase else []
-  if _CHARSMAP in normalizer:
-    normal += _charsmap(data[normalizer[_CHARSMAP]])
+  if normalizer.precompiled_charsmap:
+    normal += _charsmap(normalizer.precompiled_charsmap)
   if remove_extra:
     # What stands before a mask is normalised by itself, so the space between
     # goes too. The space behind a mask stays: a new word begins there.
@@ -176,35 +166,20 @@ def _from_sentence_piece(tokenizer: SentencePiece) -> Json:
   }
 
 
-def _read_model(data: bytes) -> tuple[list[_Piece], Json, Json]:
-  """Returns pieces, trainer and normalizer of a model file."""
-  pieces, specs = [], {_TRAINER: {}, _NORMALIZER: {}}
-  for number, place in protobuf.fields(data):
-    if number in (_PIECES, *specs):
-      values = dict(protobuf.fields(data, place.start, place.stop))
-    if number == _PIECES:
-      score = struct.unpack("<f", data[values[2]])[0] if 2 in values else 0.0
-      kind = values.get(3, _NORMAL)
-      pieces.append(_Piece(data[values[1]].decode(), score, kind))
-    elif number in specs:
-      specs[number] = values
-  return pieces, *specs.values()
-
-
-def _unigram(pieces: Sequence[_Piece], unk: int) -> Json:
+def _unigram(pieces: Sequence[ModelProto.SentencePiece], unk: int) -> Json:
   """Returns the model; a user-defined piece costs less than its bytes would.
 
   The formula is SentencePiece's (unigram_model.cc, EncodeOptimized).
   """
-  most = max(p.score for p in pieces if p.kind == _NORMAL)
+  most = max(p.score for p in pieces if p.type == _NORMAL)
   return {
     "type": "Unigram",
     "unk_id": unk,
     "vocab": [
       [
-        p.name,
-        len(p.name.encode()) * most - 0.1
-        if p.kind == _USER_DEFINED
+        p.piece,
+        len(p.piece.encode()) * most - 0.1
+        if p.type == _USER_DEFINED
         else p.score,
       ]
       for p in pieces
@@ -212,13 +187,13 @@ def _unigram(pieces: Sequence[_Piece], unk: int) -> Json:
   }
 
 
-def _bpe(pieces: Sequence[_Piece], unk: int) -> Json:
+def _bpe(pieces: Sequence[ModelProto.SentencePiece], unk: int) -> Json:
   """Returns the model with its merges.
 
   SentencePiece has none: it merges the neighbours that make the piece with the
   highest score. So every two pieces that make a third may merge.
   """
-  scores = {p.name: p.score for p in pieces if p.kind == _NORMAL}
+  scores = {p.piece: p.score for p in pieces if p.type == _NORMAL}
   merges = [
     (name[:cut], name[cut:])
     for name in sorted(scores, key=lambda name: -scores[name])
@@ -228,13 +203,13 @@ def _bpe(pieces: Sequence[_Piece], unk: int) -> Json:
   return {
     "type": "BPE",
     "dropout": None,
-    "unk_token": pieces[unk].name,
+    "unk_token": pieces[unk].piece,
     "continuing_subword_prefix": None,
     "end_of_word_suffix": None,
     "fuse_unk": True,
     # A user-defined piece is one token, though nothing merges into it.
-    "ignore_merges": any(p.kind == _USER_DEFINED for p in pieces),
-    "vocab": {p.name: i for i, p in enumerate(pieces)},
+    "ignore_merges": any(p.type == _USER_DEFINED for p in pieces),
+    "vocab": {p.piece: i for i, p in enumerate(pieces)},
     "merges": merges,
   }
 

@@ -6,7 +6,6 @@ import functools
 import io
 import itertools
 import re
-import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +14,10 @@ from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from flaxmlm import InputError
 from flaxmlm.tokenizers import flags as token_flags
-from flaxmlm.tokenizers import protobuf
 from flaxmlm.tokenizers.flags import SENTENCE_START, WORD_START
 from flaxmlm.tokenizers.sampling import common_characters
 from flaxmlm.tokenizers.vocab import (
@@ -424,15 +423,10 @@ def _round_scores(model: bytes) -> bytes:
   are exact up to 16,384: a word has the same pieces wherever it stands, and in
   programs that add up in float64.
   """
-  data = bytearray(model)
-  for number, piece in protobuf.fields(model):
-    if number != 1:
-      continue
-    for part, value in protobuf.fields(model, piece.start, piece.stop):
-      if part == 2:
-        score = struct.unpack("<f", model[value])[0]
-        data[value] = struct.pack("<f", round(score * 1024) / 1024)
-  return bytes(data)
+  proto = ModelProto.FromString(model)
+  for piece in proto.pieces:
+    piece.score = round(piece.score * 1024) / 1024
+  return proto.SerializeToString(deterministic=True)
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> InputError:
