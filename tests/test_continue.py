@@ -252,7 +252,7 @@ def test_another_batch_size_goes_on_in_the_same_order(run):
     (["tokenizer.kind=bpe"], "tokenizer.kind='bpe', but "),
     (["model.init_from=x"], "model.init_from=x: "),
     (["data.row_length=64"], "data.row_length=64 is longer than"),
-    (["train.continue_from=nowhere"], "train.continue_from=nowhere: no run"),
+    (["train.continue_from=missing"], "train.continue_from=missing: no run"),
   ],
 )
 def test_what_a_phase_may_not_change_is_named(run, overrides, words):
@@ -410,7 +410,8 @@ def test_no_copy_has_the_gradient_of_the_original(family):
   inner = np.asarray(grads["intermediate"]["kernel"])
   for unit in range(old["ffn"]):
     a, b = inner[:, unit == F].T
-    assert np.abs(a - b).max() > 0.02 * np.abs(a).max()
+    # Exact copies differ by rounding, 1e-6 or less.
+    assert np.abs(a - b).max() > 1e-3 * np.abs(a).max()
 
 
 def test_each_axis_is_centred_and_wraps_around():
@@ -467,9 +468,12 @@ def test_layers_are_repeated_in_place(family, old, new, want):
     (["model.max_positions=16"], "larger, not smaller"),
   ],
 )
-def test_what_no_parameters_can_be_made_for_is_named(run, overrides, words):
+def test_what_no_parameters_can_be_made_for_is_named(
+  run, file, overrides, words
+):
   with pytest.raises(InputError) as error:
-    parse(f"model.init_from={run}", "data.row_length=16", *overrides)
+    given = [f"model.init_from={run}", "data.row_length=16", *overrides]
+    parse(*given, path=file)
   assert words in str(error.value) and overrides[0][:11] in str(error.value)
 
 
