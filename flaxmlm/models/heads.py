@@ -45,7 +45,7 @@ class MaskedLanguageModelHead(nn.Module):
 
   @nn.compact
   def __call__(
-    self, hidden: Float[Array, "T D"], table: Float[Array, "V D"]
+    self, hidden: Float[Array, "T D"], table: Float[Array, "V E"]
   ) -> Float[Array, "T V"]:
     """Returns logits; `table` is the word embedding, tied to the decoder."""
     transform = dense(
