@@ -342,8 +342,7 @@ def test_the_pooler_is_that_of_torch(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_read_as_it_is(tmp_path, dtype):
-  import torch
-
+  torch = pytest.importorskip("torch")
   model = torch_model("BertForMaskedLM").to(getattr(torch, dtype))
   model.save_pretrained(tmp_path)
   got = load(str(tmp_path)).encode(IDS)
@@ -390,8 +389,7 @@ def test_folders_of_torch_that_we_dont_have(
 
 @pytest.mark.slow
 def test_the_line_that_converts_a_pickle_works(tmp_path):
-  import torch
-
+  torch = pytest.importorskip("torch")
   model = torch_model("BertForMaskedLM")
   model.save_pretrained(tmp_path)
   (tmp_path / "model.safetensors").unlink()
