@@ -339,6 +339,10 @@ def _read_rope(
         f"{where}: layer_types has full attention at layers {full}; only"
         " every n-th from the first is supported"
       )
+  if theirs.get("rope_scaling") is not None:
+    raise InputError(
+      f"{where}: rope_scaling={theirs['rope_scaling']!r} isn't supported"
+    )
   ropes = theirs.get("rope_parameters") or {}
   result = {"global_attn_every_n_layers": every}
   for ours, kind, default in (

@@ -78,6 +78,8 @@ def load(path: str, *, dtype: str = "float32") -> Folder:
   tensors = read_tensors(path)
   pad = theirs.get("pad_token_id", 1 if options["family"] == "roberta" else 0)
   params, used = _take(tensors, shapes, family, options, path, pad or 0)
+  if options["tie_word_embeddings"] and "mlm" in params:
+    _check_tied(tensors, params, family, path)
   left = [
     name for name in tensors if name not in used and not name.endswith(_BUFFERS)
   ]
@@ -221,18 +223,29 @@ def _take(
     return np.ascontiguousarray(value)
 
   wanted = dict(shapes)
+  pooler = family.modules.get("pooler/dense")
+  # By what nothing else has: ModernBERT's classifiers have the transform too.
+  signs = {
+    "mlm": (family.bias, f"{family.decoder}.weight"),
+    "pooler": (f"{pooler}.weight", f"{pooler}.bias"),
+  }
   for head in set(wanted) - {"encoder"}:
-    names = [
-      f"{name}.{leaf}"
-      for module, name in family.modules.items()
-      if module.startswith(f"{head}/")
-      for leaf in ("weight", "bias")
-    ]
-    if head == "mlm":
-      names.append(family.bias)
-    if not any(map(find, names)):
+    if not any(map(find, signs[head])):
       del wanted[head]
   return jax.tree_util.tree_map_with_path(take, wanted), used
+
+
+def _check_tied(
+  tensors: Mapping[str, np.ndarray], params: Params, family: Family, path: str
+) -> None:
+  """Refuses a decoder that the config ties, but that isn't the embedding."""
+  name = f"{family.decoder}.weight"
+  table = params["encoder"]["embeddings"]["word"]["embedding"]
+  if name in tensors and not np.array_equal(tensors[name], table):
+    raise InputError(
+      f"{path}: {name} isn't the word embedding, to which the config ties it;"
+      f' if it is meant, write "tie_word_embeddings": false into {CONFIG}'
+    )
 
 
 def _is_shifted(path: str, options: Mapping[str, Any]) -> bool:
