@@ -125,6 +125,10 @@ def test_parts_and_half_precision_are_read(folder):
     ({"hidden_size": 18}, "has the shape .*, the config asks for"),
     ({"num_hidden_layers": 3}, "no tensor bert.encoder.layer.2"),
     ({"hidden_act": "tanh"}, "hidden_act='tanh'"),
+    ({"hidden_size": None}, "hidden_size=None, where 768 is usual"),
+    ({"layer_norm_eps": "x"}, "layer_norm_eps='x'"),
+    ({"num_attention_heads": 3}, "num_attention_heads=3 doesn't divide"),
+    ({"model_type": ["bert"]}, "known are bert"),
   ],
 )
 def test_what_we_dont_have_is_refused_by_name(folder, keys, message):
@@ -175,7 +179,7 @@ def test_half_a_head_is_refused_by_name(folder):
 
 def test_a_pickle_is_refused_with_the_line_that_converts_it(folder):
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-  with pytest.raises(InputError, match="convert it with python -c"):
+  with pytest.raises(InputError, match="convert it with cd .* && python -c"):
     load(str(folder))
 
 
@@ -386,7 +390,13 @@ def test_the_line_that_converts_a_pickle_works(tmp_path):
   torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
   with pytest.raises(InputError) as refused:
     load(str(tmp_path))
-  code = str(refused.value).partition(' -c "')[2].removesuffix('"')
-  subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+  line = str(refused.value).partition("convert it with ")[2]
+  path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+  subprocess.run(
+    ["bash", "-c", line],
+    check=True,
+    capture_output=True,
+    env=os.environ | {"PATH": path},
+  )
   got = load(str(tmp_path)).encode(IDS)
   np.testing.assert_allclose(got, torch_outputs(model)[0], atol=2e-5)

@@ -162,7 +162,9 @@ class LoadedModel:
   def _fill(self, row: np.ndarray, logits: np.ndarray, top_k: int) -> list[Any]:
     filled = []
     places = np.flatnonzero(row == self.tokenizer.vocab.mask)
-    for place, scores in zip(places, logits.astype(np.float64), strict=False):
+    # A model may have more rows than the vocabulary has tokens.
+    logits = logits[:, : self.tokenizer.vocab.size].astype(np.float64)
+    for place, scores in zip(places, logits, strict=False):
       scores = np.exp(scores - scores.max())
       scores /= scores.sum()
       best = np.argsort(-scores, kind="stable")[:top_k]

@@ -76,6 +76,7 @@ def start_from(
         f"{folder}: {m.vocab_size} tokens and no tokenizer, where the run has"
         f" {tokenizer.vocab.size}; put the tokenizer there"
       )
+    say(f"{folder}: has no tokenizer; each id keeps its row")
   else:
     rows = _rows(m, tokenizer)
   if rows is not None:
@@ -223,5 +224,24 @@ def _rows(m: LoadedModel, new: Tokenizer) -> list[list[int]] | None:
     elif alike and name in known:
       rows.append([known[name]])
     else:
-      rows.append(old.encode(new.decode([token])).tolist())
+      rows.append(_made_of(old, new.decode([token]), name, new.style))
   return rows
+
+
+def _made_of(old: Tokenizer, text: str, name: str, style: str) -> list[int]:
+  """Returns the old ids of a new token, within a word if it goes on in one.
+
+  Args:
+    old: The folder's tokenizer.
+    text: The token as text.
+    name: The token as the new vocabulary has it.
+    style: Of the new tokenizer; see `Tokenizer.style`.
+  """
+  if style == "##":
+    goes_on, text = name.startswith("##"), text.strip().removeprefix("##")
+  else:
+    goes_on = not name.startswith("▁" if style == "▁" else "Ġ")
+  if not goes_on:
+    return old.encode(text).tolist()
+  # Behind a mask that no space follows, a word goes on.
+  return old.encode(f"[MASK]{text}").tolist()[1:]

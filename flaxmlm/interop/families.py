@@ -273,6 +273,7 @@ _OTHERS = {
   "attention": "auto",
   "norm_eps": 1e-12,
 }
+_MAY_BE_ZERO = ("dropout", "attention_dropout", "segment_types")
 # RoBERTa under other names.
 _SAME = {"xlm-roberta": "roberta", "camembert": "roberta"}
 # Ours by theirs.
@@ -295,7 +296,7 @@ def read_config(
     InputError: It asks for something that we don't have.
   """
   where = os.path.join(path, CONFIG)
-  kind = theirs.get("model_type")
+  kind = str(theirs.get("model_type"))
   name = _SAME.get(kind, kind)
   if name not in FAMILIES:
     raise InputError(
@@ -310,15 +311,38 @@ def read_config(
     ours: theirs.get(key, default)
     for ours, (key, default) in family.keys.items()
   }
+  for ours, (key, default) in family.keys.items():
+    value = options[ours]
+    if not _is_usable(value, default, zero=ours in _MAY_BE_ZERO):
+      raise InputError(f"{where}: {key}={value!r}, where {default!r} is usual")
+  if options["width"] % options["heads"]:
+    width, heads = (family.keys[name][0] for name in ("width", "heads"))
+    raise InputError(
+      f"{where}: {heads}={options['heads']} doesn't divide"
+      f" {width}={options['width']}"
+    )
   act = options["hidden_act"]
   if act not in _ACTIVATIONS:
     raise InputError(f"{where}: hidden_act={act!r} isn't supported")
   options["hidden_act"] = _ACTIVATIONS[act]
   if name == "roberta":
-    options["max_positions"] -= theirs.get("pad_token_id", 1) + 1
+    pad = theirs.get("pad_token_id", 1)
+    if type(pad) is not int:
+      raise InputError(
+        f"{where}: pad_token_id={pad!r}: positions begin behind it"
+      )
+    options["max_positions"] -= pad + 1
   if name == "modernbert":
     options |= _read_rope(theirs, options["layers"], where)
   return family, {"family": name} | options
+
+
+def _is_usable(value: Any, default: Any, *, zero: bool) -> bool:
+  """Says whether a value is of the default's type and, a number, above 0."""
+  if isinstance(default, (bool, str)):
+    return type(value) is type(default)
+  kinds = (int, float) if isinstance(default, float) else (int,)
+  return type(value) in kinds and (value > 0 or (zero and value == 0))
 
 
 def _read_rope(

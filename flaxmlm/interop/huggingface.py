@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,14 @@ WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 
 
+# Takes no code from the pickle. Clones, for tensors that share memory (a tied
+# decoder's) can't be written.
+_CONVERT = (
+  'python -c "import torch; from safetensors.torch import save_file;'
+  " save_file({k: v.clone() for k, v in torch.load('pytorch_model.bin',"
+  " map_location='cpu', weights_only=True).items()}, 'model.safetensors',"
+  " {'format': 'pt'})\""
+)
 # Tensors that hold nothing learnt.
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq")
 
@@ -106,12 +115,15 @@ class _Tensors(Mapping[str, np.ndarray]):
       self._files[f"{stem}.{leaf}" if stem else leaf] = (name, file)
 
   def __getitem__(self, name: str) -> np.ndarray:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     original, path = self._files[name]
-    # As JAX arrays: NumPy alone knows no bfloat16.
-    with safe_open(path, framework="flax") as file:
-      return np.asarray(file.get_tensor(original)).astype(np.float32)
+    try:
+      # As JAX arrays: NumPy alone knows no bfloat16.
+      with safe_open(path, framework="flax") as file:
+        return np.asarray(file.get_tensor(original)).astype(np.float32)
+    except (SafetensorError, OSError) as error:
+      raise InputError(f"{path}: can't read {original}: {error}") from error
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._files)
@@ -138,14 +150,13 @@ def read_tensors(path: str) -> Mapping[str, np.ndarray]:
     if os.path.isfile(whole):
       with safe_open(whole, framework="flax") as file:
         return _Tensors(dict.fromkeys(file.keys(), whole))
-  except (SafetensorError, ValueError, KeyError) as error:
+  except (SafetensorError, ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path}: can't read the weights: {error}") from error
   pickle = os.path.join(path, "pytorch_model.bin")
   if os.path.isfile(pickle):
     raise InputError(
       f"{pickle}: a pickle can run any code and isn't read; convert it with"
-      ' python -c "from transformers import AutoModelForMaskedLM as A;'
-      f" A.from_pretrained('{path}').save_pretrained('{path}')\""
+      f" cd {shlex.quote(path)} && {_CONVERT}"
     )
   raise InputError(f"{path}: no {WEIGHTS} there")
 
