@@ -54,6 +54,7 @@ SHAPE = {
   "local_attention": 8,
   "global_rope_theta": 160_000.0,
   "local_rope_theta": 10_000.0,
+  "attention": "xla",
 }
 PROMPTS = [
   "The [MASK] of the object.",
