@@ -108,6 +108,8 @@ def main() -> None:
   configs = 2 if args.quick else CONFIGS
   start = time.perf_counter()
   flags = (f"--{name}={value}" for name, value in QUICK_COMPILE.items())
+  # The processes of the pool begin with these.
+  os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["XLA_FLAGS"] = " ".join(flags).lower()
   jobs = [(family, seed) for family in FAMILIES for seed in range(configs)]
   with concurrent.futures.ProcessPoolExecutor(
