@@ -128,6 +128,7 @@ def test_a_rows_dropout_is_the_same_in_any_batch(window):
   np.testing.assert_array_equal(whole[1:3], part)
 
 
+@pytest.mark.slow
 def test_local_dropout_is_the_same_on_any_mesh():
   qkv, segments = tensors(4, 160), jnp.asarray(packed(4, 160))
   keys = jax.random.split(jax.random.key(1), 4)
@@ -162,7 +163,14 @@ interpreted = partial(attention.splash, interpret=True)
 
 # Rows that aren't whole blocks; a window inside a block and across two.
 @pytest.mark.parametrize(
-  ("L", "window"), [(512, None), (512, 64), (600, 200), (600, None)]
+  ("L", "window"),
+  [
+    (512, 64),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [(512, None), (600, 200), (600, None)]
+    ),
+  ],
 )
 def test_splash_is_xla(L, window):
   qkv, segments = tensors(2, L), packed(2, L)
@@ -185,6 +193,7 @@ def test_splash_is_xla(L, window):
     pytest.param(1, 4, 2, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_splash_is_the_same_on_any_mesh(data, fsdp, tensor):
   qkv, segments = tensors(8, 512), packed(8, 512)
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
@@ -273,16 +282,13 @@ def on_a_tpu(monkeypatch):
   monkeypatch.setattr(attention, "splash", interpreted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.MODELS)
-@pytest.mark.parametrize(
-  "backend", ["xla", pytest.param("splash", marks=pytest.mark.slow)]
-)
-def test_no_family_leaks(family, backend, monkeypatch):
-  if backend == "splash":
-    on_a_tpu(monkeypatch)
+def test_no_family_leaks_by_splash(family, monkeypatch):
+  on_a_tpu(monkeypatch)
   encode, params = encoder(family)
   encode = jax.jit(encode)
-  inputs = batch(2, 512 if backend == "splash" else 160)
+  inputs = batch(2, 512)
   before = np.asarray(encode(params, inputs))
   for segment in np.unique(inputs.segments):
     here = inputs.segments == segment
@@ -296,6 +302,7 @@ def test_no_family_leaks(family, backend, monkeypatch):
   "family", ["modernbert", pytest.param("bert", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("backend", ["xla", "splash"])
+@pytest.mark.slow
 def test_a_family_is_the_same_on_a_mesh(family, backend, monkeypatch):
   encode, params = encoder(family)
   inputs = batch(4, 512 if backend == "splash" else 160)

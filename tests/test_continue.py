@@ -114,6 +114,7 @@ def decay(folder, run) -> pathlib.Path:
   return workdir
 
 
+@pytest.mark.slow
 def test_two_phases_are_the_run_left_alone(folder, file, run, decay):
   alone = folder / "alone"
   fit(
@@ -135,12 +136,14 @@ def test_two_phases_are_the_run_left_alone(folder, file, run, decay):
     assert [x[name] for x in phase] == [x[name] for x in whole]
 
 
+@pytest.mark.slow
 def test_a_phase_begins_where_the_run_ended(run, decay):
   first = lines(decay / "metrics.jsonl")[0]
   assert first["step"] == 12
   assert first["eval/loss"] == lines(run / "metrics.jsonl")[-1]["eval/loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_phase_ends_as_if_left_alone_without_the_run(
   folder, run, decay
 ):
@@ -172,6 +175,7 @@ def test_a_killed_phase_ends_as_if_left_alone_without_the_run(
   ] == [*range(13, 21)]
 
 
+@pytest.mark.slow
 def test_the_chain_is_recorded(folder, run, decay):
   old, new = chain.read_chain(str(decay))
   assert (old.workdir, old.first_step, old.last_step) == (str(run), 0, 12)
@@ -182,6 +186,7 @@ def test_the_chain_is_recorded(folder, run, decay):
   assert new.config == json.loads((decay / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_next_phase_may_differ_in_much(folder, run, decay):
   text = folder / "other.txt"
   text.write_text("".join(f"A line with the number {i}.\n" for i in range(400)))
@@ -213,6 +218,7 @@ def test_the_next_phase_may_differ_in_much(folder, run, decay):
   assert m.tokenizer.fingerprint == before.fingerprint
 
 
+@pytest.mark.slow
 def test_preview_shows_the_rows_of_a_phase(folder, run, decay):
   path = folder / "rows.jsonl"
   args = [f"--workdir={decay}", f"--json={path}"]
@@ -226,6 +232,7 @@ def test_preview_shows_the_rows_of_a_phase(folder, run, decay):
   assert "begins at step 12" in error and str(run) in error
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_in_the_same_order(run):
   store = open_store(str(run / "store"))
   c = parse(
@@ -255,6 +262,7 @@ def test_another_batch_size_goes_on_in_the_same_order(run):
     (["train.continue_from=missing"], "train.continue_from=missing: no run"),
   ],
 )
+@pytest.mark.slow
 def test_what_a_phase_may_not_change_is_named(run, overrides, words):
   given = [f"train.continue_from={run}", "train.steps=20", *overrides]
   with pytest.raises(InputError) as error:
@@ -262,11 +270,13 @@ def test_what_a_phase_may_not_change_is_named(run, overrides, words):
   assert str(error.value).startswith(words) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_phase_needs_a_workdir_of_its_own(run):
   with pytest.raises(InputError, match="needs another one"):
     parse(f"train.continue_from={run}", workdir=run)
 
 
+@pytest.mark.slow
 def test_a_run_that_still_trains_is_refused(run):
   with open(run / "lock", "wb") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -274,6 +284,7 @@ def test_a_run_that_still_trains_is_refused(run):
       train.check_stopped(str(run))
 
 
+@pytest.mark.slow
 def test_a_store_of_another_tokenizer_is_refused(folder, file, run):
   line = [f"--config={file}", "--config.tokenizer.vocab_size=280"]
   program("prepare", *line, f"--out={folder}/store")
@@ -287,6 +298,7 @@ def test_a_store_of_another_tokenizer_is_refused(folder, file, run):
   assert "was made with another tokenizer" in error
 
 
+@pytest.mark.slow
 def test_what_isnt_set_is_the_runs_even_in_a_file(run, file):
   c = parse(f"train.continue_from={run}", "train.steps=13")
   want = config.from_json(str(run / "config.json"))
@@ -294,6 +306,7 @@ def test_what_isnt_set_is_the_runs_even_in_a_file(run, file):
   assert changed == {"data.store", "train.steps", "train.continue_from"}
 
 
+@pytest.mark.slow
 def test_a_key_set_to_its_default_counts_as_set(folder, run):
   path = folder / "phase.py"
   path.write_text(
@@ -305,6 +318,7 @@ def test_a_key_set_to_its_default_counts_as_set(folder, run):
   assert c.train.batch_size == 256 and c.optimizer.schedule == "constant"
 
 
+@pytest.mark.slow
 def test_load_takes_a_run_of_before_a_key_was_there(folder, run):
   old = folder / "old"
   shutil.copytree(run, old)
@@ -378,6 +392,7 @@ def family_options(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.slow
 def test_a_model_of_a_multiple_of_the_width_computes_the_same(family, times):
   old = family_options(family)
   new = old | {name: times * old[name] for name in ("width", "heads", "ffn")}
@@ -389,6 +404,7 @@ def test_a_model_of_a_multiple_of_the_width_computes_the_same(family, times):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_no_copy_has_the_gradient_of_the_original(family):
   old = family_options(family)
   new = old | {name: 2 * old[name] for name in ("width", "heads", "ffn")}
@@ -468,6 +484,7 @@ def test_layers_are_repeated_in_place(family, old, new, want):
     (["model.max_positions=16"], "larger, not smaller"),
   ],
 )
+@pytest.mark.slow
 def test_what_no_parameters_can_be_made_for_is_named(
   run, file, overrides, words
 ):
@@ -477,6 +494,7 @@ def test_what_no_parameters_can_be_made_for_is_named(
   assert words in str(error.value) and overrides[0][:11] in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_larger_model_begins_far_below_a_random_one(folder, file, run):
   workdir = folder / "larger"
   out = fit(

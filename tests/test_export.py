@@ -342,6 +342,7 @@ def make_run(folder, texts, kind):
   return folder
 
 
+@pytest.mark.slow
 def test_the_folder_has_what_hugging_face_wants(run):
   names = {path.name for path in (run / "out").iterdir()}
   assert names == {
@@ -357,6 +358,7 @@ def test_the_folder_has_what_hugging_face_wants(run):
   assert settings["mask_token"] == "[MASK]"
 
 
+@pytest.mark.slow
 def test_the_card_has_the_figures_of_the_run(run):
   card = (run / "out" / "README.md").read_text(encoding="utf-8")
   metrics = (run / "run" / "metrics.jsonl").read_text().splitlines()
@@ -371,6 +373,7 @@ def test_the_card_has_the_figures_of_the_run(run):
   assert card.startswith("---\nlicense: other\n")
 
 
+@pytest.mark.slow
 def test_a_workdir_and_its_folder_export_alike(run, tmp_path, capsys):
   export.main(
     [
@@ -393,6 +396,7 @@ def test_a_workdir_and_its_folder_export_alike(run, tmp_path, capsys):
     ({"workdir": "none"}, "neither a workdir of a run nor a Hugging Face"),
   ],
 )
+@pytest.mark.slow
 def test_refused_with_a_line(run, change, message):
   args = {"workdir": "run", "format": "huggingface", "out": "new"} | change
   folders = {name: f"{run}/{args[name]}" for name in ("workdir", "out")}
@@ -402,6 +406,7 @@ def test_refused_with_a_line(run, change, message):
   assert not (run / "new").exists() and not (run / "new.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_tokenizer_is_refused(run, tmp_path):
   folder = tmp_path / "bare"
   folder.mkdir()

@@ -124,7 +124,8 @@ def assemble(
     return pooler.apply({"params": params["pooler"]}, hidden)
 
   return Model(
-    init,
+    # Not compiled, it takes seconds.
+    jax.jit(init, static_argnames="heads"),
     encode,
     predict,
     flops,
