@@ -231,6 +231,7 @@ def test_preview_shows_the_rows_of_the_run(run, tmp_path):
     assert back == row["original_ids"]
 
 
+@pytest.mark.slow
 def test_the_previewed_rows_give_the_losses_that_training_logs(run, tmp_path):
   # At a learning rate of 0 the parameters stay those that are saved.
   workdir, path = tmp_path / "still", tmp_path / "rows.jsonl"
@@ -279,6 +280,7 @@ def test_a_second_process_on_the_same_workdir_is_refused(run):
   assert "another process trains there" in error
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_parameters_of_another(run, tmp_path):
   workdir = tmp_path / "next"
   out = program(

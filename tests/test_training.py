@@ -306,6 +306,7 @@ def test_a_vocabulary_that_doesnt_divide_is_refused_by_name():
     sharding.tree_sharding(mesh, {"word": {"embedding": table}})
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_parameters_and_learns():
   c = tiny(train__dtype="bfloat16")
   got = losses(c, 1)
