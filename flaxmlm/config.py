@@ -788,6 +788,11 @@ def _take_run(
   theirs["model.init_from"] = None  # its parameters are the run's now
   if theirs["data.store"] is None:
     theirs["data.store"] = os.path.join(run, "store")
+  # A whole config of before states every key; these two at None say nothing.
+  unsaid = {
+    name for name in ("data.store", "tokenizer.path") if values[name] is None
+  }
+  stated = set(stated) - unsaid
   ours = {name: values[name] for name in stated}
   result = theirs | ours
 

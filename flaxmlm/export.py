@@ -13,13 +13,12 @@ logits.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import random
-import shutil
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -97,21 +96,21 @@ def main(argv: list[str] | None = None) -> None:
     notes=notes,
     **run,
   )
-  partial = f"{out}.partial"
-  shutil.rmtree(partial, ignore_errors=True)
-  with contextlib.ExitStack() as stack:
-    stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    try:
-      os.makedirs(partial)
+  parent = os.path.dirname(os.path.abspath(out))
+  try:
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as made:
+      partial = os.path.join(made, "folder")
+      os.mkdir(partial)
       exporting.write_folder(
         m, partial, tokenizer_json=tokenizer_json, card=card
       )
-    except OSError as error:
-      raise InputError(f"--out={out}: {error.strerror}") from error
-    print(f"comparing logits: {_ROWS} of these lines", flush=True)
-    rows = [make_row(m, line) for line in lines[:_ROWS]]
-    worst = exporting.check_logits(m, partial, rows)
-    os.rename(partial, out)
+      print(f"comparing logits: {_ROWS} of these lines", flush=True)
+      rows = [make_row(m, line) for line in lines[:_ROWS]]
+      worst = exporting.check_logits(m, partial, rows)
+      os.rename(partial, out)
+  except OSError as error:
+    raise InputError(f"--out={out}: {error.strerror}") from error
   print(f"the same ids, and logits that differ by {worst:.1g} at most\n")
   print(f"exported: {out}")
   print("its README.md has a place for the licence; try it:")
@@ -126,13 +125,13 @@ def read_run(folder: str) -> dict[str, Any]:
   """Returns what a workdir knows of its run: config, manifest, metrics.
 
   Of a Hugging Face folder that is nothing; the manifest is None where the store
-  has gone.
+  has gone. With it comes the chain of the runs that it went on from.
   """
   from flaxmlm.interop import huggingface
-  from flaxmlm.training import metrics
+  from flaxmlm.training import chain, metrics
 
   if huggingface.is_folder(folder):
-    return {"config": None, "manifest": None, "metrics": []}
+    return {"config": None, "chain": [], "manifest": None, "metrics": []}
   with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
     found = json.load(file)
   store = found["data"]["store"] or os.path.join(folder, "store")
@@ -141,7 +140,12 @@ def read_run(folder: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
       manifest = json.load(file)
   lines = metrics.read(os.path.join(folder, "metrics.jsonl"))
-  return {"config": found, "manifest": manifest, "metrics": lines}
+  return {
+    "config": found,
+    "chain": chain.read_chain(folder),
+    "manifest": manifest,
+    "metrics": lines,
+  }
 
 
 def check_tokenizer(
@@ -204,7 +208,7 @@ def read_texts(c: dict[str, Any] | None) -> dict[str, list[str]]:
   result = {}
   if c is not None and c["data"]["source"] != "embedded":
     data = c["data"]
-    with contextlib.suppress(InputError):
+    try:
       documents = sources.read(
         config.as_tuple(data["source"]),
         text_field=data["text_field"],
@@ -214,6 +218,8 @@ def read_texts(c: dict[str, Any] | None) -> dict[str, list[str]]:
         tfds_dir=data["tfds_dir"],
       )
       result["of the run's text"] = cut(d.text for d in documents)
+    except InputError as error:
+      print(f"the run's own text isn't compared: {error}")
   documents = list(sources.read(["embedded"]))
   random.Random(0).shuffle(documents)
   result["of Python's manuals"] = cut(d.text for d in documents)

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
   args, c = config.parse(config.parser(__doc__), argv)
   workdir = os.path.abspath(args.workdir)
   lock = claim_workdir(workdir, c)
+  if c.train.continue_from is not None and newest_step(workdir) is None:
+    check_stopped(c.train.continue_from)
 
   # Text to token store, before JAX takes threads and memory.
   store, plans, validation = open_data(c, workdir)
@@ -80,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
   run = c.train.continue_from
   begun = chain.newest_step(workdir) is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
-  if run is not None and not begun:
-    check_stopped(run)
-    check_tokenizer(run, store)
+  if not begun:
+    if run is not None:
+      check_tokenizer(run, store)
     chain.write_chain(workdir, [*before, phase])
 
   # The parts.

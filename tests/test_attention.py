@@ -348,6 +348,7 @@ HERE = {
     ("tpu", {"drops": True}, "xla"),
     ("gpu", {}, "cudnn"),
     ("gpu", {"length": 8}, "cudnn"),
+    ("gpu", {"length": 127}, "xla"),
     ("gpu", {"local": True}, "xla"),
     ("gpu", {"drops": True}, "xla"),
     ("gpu", {"dtype": "float32"}, "xla"),

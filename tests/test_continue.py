@@ -187,6 +187,24 @@ def test_the_chain_is_recorded(folder, run, decay):
 
 
 @pytest.mark.slow
+def test_a_chain_that_never_began_is_forgotten(folder, file, decay):
+  workdir = folder / "plain"
+  workdir.mkdir()
+  shutil.copy(decay / "chain.json", workdir)
+  fit("train.steps=2", workdir=workdir, path=file)
+  [phase] = chain.read_chain(str(workdir))
+  assert (phase.first_step, phase.last_step, phase.first_row) == (0, 2, 0)
+
+
+@pytest.mark.slow
+def test_a_whole_config_of_before_keeps_the_store(folder, run):
+  got = parse(
+    f"train.continue_from={run}", "train.steps=30", path=run / "config.json"
+  )
+  assert got.data.store == str(run / "store")
+
+
+@pytest.mark.slow
 def test_the_next_phase_may_differ_in_much(folder, run, decay):
   text = folder / "other.txt"
   text.write_text("".join(f"A line with the number {i}.\n" for i in range(400)))

@@ -291,10 +291,11 @@ def load(folder: str) -> LoadedModel:
   if huggingface.is_folder(folder):
     return _load_huggingface(folder)
   config = from_json(path).to_dict()
+  # The backend was chosen for the machine that trained.
+  config["model"]["attention"] = "auto"
   tokenizer = tokenizers.load(os.path.join(folder, "tokenizer"))
   model = models.build(
-    # The backend was chosen for the machine that trained.
-    config["model"] | {"attention": "auto"},
+    config["model"],
     vocab_size=tokenizer.vocab.size,
     dtype=config["train"]["dtype"],
   )

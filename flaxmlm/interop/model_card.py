@@ -19,6 +19,7 @@ def write(
   name: str,
   facts: Mapping[str, str],
   config: Mapping[str, Any] | None,
+  chain: Sequence[Any],
   manifest: Mapping[str, Any] | None,
   metrics: Sequence[Mapping[str, float]],
   mask: str,
@@ -31,6 +32,7 @@ def write(
     facts: The model in words: label -> value.
     config: The run's resolved config, nested; None for a folder that no run
       of ours has made.
+    chain: The phases of the run (`training.chain.read_chain`), itself last.
     manifest: Of the run's token store, if that is there.
     metrics: Lines of metrics.jsonl.
     mask: The mask token.
@@ -69,7 +71,7 @@ def write(
     lines += ["", "How it was trained isn't known here."]
   else:
     lines += ["", "## Data", "", *_table(_data(config, manifest))]
-    lines += ["", "## Training", "", *_table(_training(config))]
+    lines += ["", "## Training", "", *_table(_training(config, chain))]
   evals = [line for line in metrics if "eval/loss" in line]
   if evals:
     last = evals[-1]
@@ -134,16 +136,26 @@ def _data(
   return facts
 
 
-def _training(config: Mapping[str, Any]) -> dict[str, str]:
+def _training(
+  config: Mapping[str, Any], chain: Sequence[Any]
+) -> dict[str, str]:
+  """Returns the facts of the training; of a chain a line a phase."""
   train, objective = config["train"], dict(config["objective"])
-  optimizer, model = config["optimizer"], config["model"]
-  length, batch = config["data"]["row_length"], train["batch_size"]
-  tokens = train["steps"] * batch * length
+  optimizer, model = config["optimizer"], chain[0].config["model"]
   name = objective.pop("name")
   facts = {
-    "objective": ", ".join([name, *(f"{k}={v}" for k, v in objective.items())]),
-    "steps": f"{train['steps']:,} of {batch:,} rows of {length:,} tokens,"
-    f" {tokens:,} tokens in all",
+    "objective": ", ".join([name, *(f"{k}={v}" for k, v in objective.items())])
+  }
+  for number, phase in enumerate(chain, 1):
+    data, batch = phase.config["data"], phase.config["train"]["batch_size"]
+    label = "steps" if len(chain) == 1 else f"steps, phase {number}"
+    facts[label] = (
+      f"{phase.steps:,} of {batch:,} rows of {data['row_length']:,} tokens,"
+      f" {phase.tokens:,} tokens in all"
+    )
+    if len(chain) > 1:
+      facts[label] += f"; {_listed(data['store'] or data['source'])}"
+  facts |= {
     "optimizer": f"{optimizer['name']}, "
     + ", ".join(
       f"{key}={optimizer[key]}"

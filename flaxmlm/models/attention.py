@@ -121,7 +121,7 @@ def choose_backend(
   obstacles = {
     "xla": None,
     "splash": _splash_obstacle(platform, length, drops),
-    "cudnn": _cudnn_obstacle(platform, head_size, dtype, drops),
+    "cudnn": _cudnn_obstacle(platform, length, head_size, dtype, drops),
   }
   if wanted == "auto":
     if obstacles["splash"] is None:
@@ -145,12 +145,14 @@ def _splash_obstacle(platform: str, length: int, drops: bool) -> str | None:
 
 
 def _cudnn_obstacle(
-  platform: str, head_size: int, dtype: str, drops: bool
+  platform: str, length: int, head_size: int, dtype: str, drops: bool
 ) -> str | None:
   if platform != "gpu":
     return f"it runs on NVIDIA's GPUs, and this is a {platform}"
   if dtype not in CUDNN_DTYPES:
     return f"it can't compute in {dtype}; set train.dtype=bfloat16"
+  if length % 2:
+    return f"it has no gradient for rows of an odd length ({length} tokens)"
   if head_size % 8 or head_size > CUDNN_MAX_HEAD:
     return (
       f"heads of {head_size} (model.width / model.heads) aren't a multiple of 8"

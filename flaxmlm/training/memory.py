@@ -31,7 +31,9 @@ def use_huge_pages() -> None:
   given = os.environ.get(_TUNABLES, "")
   if "glibc.malloc.hugetlb" in given:
     rest = [part for part in given.split(":") if part != _HUGE_PAGES]
-    os.environ[_TUNABLES] = ":".join(rest)
+    os.environ.pop(_TUNABLES)
+    if rest:
+      os.environ[_TUNABLES] = ":".join(rest)
     return
   module = sys.modules["__main__"].__spec__
   if module is None or ["-m", module.name] not in [
