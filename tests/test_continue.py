@@ -191,7 +191,12 @@ def test_a_chain_that_never_began_is_forgotten(folder, file, decay):
   workdir = folder / "plain"
   workdir.mkdir()
   shutil.copy(decay / "chain.json", workdir)
-  fit("train.steps=2", workdir=workdir, path=file)
+  fit(
+    "train.steps=2",
+    "optimizer.warmup_steps=1",
+    workdir=workdir,
+    path=file,
+  )
   [phase] = chain.read_chain(str(workdir))
   assert (phase.first_step, phase.last_step, phase.first_row) == (0, 2, 0)
 
