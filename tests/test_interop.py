@@ -1,6 +1,7 @@
 """Hugging Face folders: the same numbers as torch, and every refusal."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
