@@ -172,6 +172,23 @@ def make_rows(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def make_ours(shape: Shape) -> tuple[Run, float]:
   """Returns what runs N of our steps, and the model FLOPs of one."""
+  train_step, arguments, flops = make_step(shape)
+  state, *rest = arguments()
+
+  def run(steps: int) -> None:
+    nonlocal state
+    for _ in range(steps):
+      state, sums = train_step(state, *rest)
+    jax.block_until_ready(sums)
+
+  run(2)
+  return run, flops
+
+
+def make_step(
+  shape: Shape, dtype: str = "float32", **model_keys: Any
+) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]], float]:
+  """Returns our step, what makes its arguments, and its model FLOPs."""
   B, L, V = shape.rows, shape.length, shape.vocab
   keys = {
     "model.family": shape.family,
@@ -184,10 +201,12 @@ def make_ours(shape: Shape) -> tuple[Run, float]:
     "model.max_positions": max(512, L),
     "data.row_length": L,
     "train.batch_size": B,
+    "train.dtype": dtype,
+    **{f"model.{name}": value for name, value in model_keys.items()},
   }
   c = config.check_keys(keys, where="benchmark")
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-  model = models.build(c.model, vocab_size=V, dtype="float32")
+  model = models.build(c.model, vocab_size=V, dtype=dtype)
   objective = objectives.build(
     c.objective, row_length=L, vocab=SPECIALS | {"size": V}
   )
@@ -206,16 +225,12 @@ def make_ours(shape: Shape) -> tuple[Run, float]:
   batch = Batch(
     ids, segments, positions, np.ones((B, L), np.uint8), np.arange(B)
   )
-  state, key = init(jax.random.key(0)), jax.random.key(1)
 
-  def run(steps: int) -> None:
-    nonlocal state
-    for _ in range(steps):
-      state, sums = train_step(state, sharding.put_rows(mesh, batch), key)
-    jax.block_until_ready(sums)
+  def arguments() -> tuple[Any, ...]:
+    rows = sharding.put_rows(mesh, batch)
+    return init(jax.random.key(0)), rows, jax.random.key(1)
 
-  run(2)
-  return run, model.flops(L, objective.slots) * B
+  return train_step, arguments, model.flops(L, objective.slots) * B
 
 
 def make_torch(shape: Shape, dtype: str, *, packed: bool, compile: bool) -> Run:

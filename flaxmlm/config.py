@@ -95,6 +95,8 @@ KEYS: dict[str, Key] = {
   "model.global_rope_theta": Key(160_000.0, float, "ModernBERT: rotary base of the layers that see everything.", low=1),
   "model.local_rope_theta": Key(10_000.0, float, "ModernBERT: rotary base of the others.", low=1),
   "model.attention": Key("auto", str, "What computes attention (docs/attention.md): `xla` runs everywhere, `splash` on TPUs, `cudnn` on NVIDIA's GPUs in bfloat16; `auto` takes the best that can. No part of what a model is: another machine may take another.", choices=("auto", "xla", "splash", "cudnn")),
+  "model.remat": Key("none", str, "What the backward pass computes again to save memory: nothing; all but the products with weights (`dots`); whole layers (`full`). See docs/training.md.", choices=("none", "dots", "full")),
+  "model.scan_layers": Key(False, bool, "Whether one compiled layer runs N times: compiles faster, runs slower. See docs/training.md."),
   "model.dropout": Key(0.1, float, "Dropout of embeddings and layer outputs, in steps of 1/256.", low=0, high=0.9),
   "model.attention_dropout": Key(0.1, float, "Dropout of attention probabilities, in steps of 1/256.", low=0, high=0.9),
   "model.norm_eps": Key(1e-12, float, "Epsilon of LayerNorm.", low=1e-20, high=1),
@@ -141,6 +143,8 @@ KEYS: dict[str, Key] = {
 # What a model may have otherwise than the one that its parameters come from.
 _FREE_OF_PARAMETERS = (
   "model.attention",
+  "model.remat",
+  "model.scan_layers",
   "model.dropout",
   "model.attention_dropout",
   "model.init_stddev",
@@ -162,6 +166,8 @@ _BESIDE_THE_STORE = (
 FREE_ON_RESUME = (
   "mesh.",
   "model.attention:",
+  "model.remat",
+  "model.scan_layers",
   "train.microbatches",
   "data.processes",
   "eval.",

@@ -5,6 +5,11 @@ import pathlib
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What one test compiled, another and its subprocesses needn't.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
+)
 
 import pytest  # noqa: E402
 

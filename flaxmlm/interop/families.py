@@ -271,6 +271,8 @@ _OTHERS = {
   "segment_types": None,
   "embedding_size": None,
   "attention": "auto",
+  "remat": "none",
+  "scan_layers": False,
   "norm_eps": 1e-12,
 }
 _MAY_BE_ZERO = ("dropout", "attention_dropout", "segment_types")

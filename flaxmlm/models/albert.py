@@ -14,6 +14,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Key
 
 from flaxmlm.models import bert
+from flaxmlm.models.depth import run_layers
 from flaxmlm.models.heads import Pooler
 from flaxmlm.models.layers import Dtype, dense
 from flaxmlm.models.model import Inputs, Model, assemble
@@ -42,12 +43,22 @@ class Encoder(nn.Module):
       bert.Layer(o, self.dtype, name=f"layer_{number}")
       for number in range(groups * inner)
     ]
-    for number in range(o["layers"]):
+    number = 0
+    for group in range(groups):
       # Float division as in the published code, for groups that don't divide N.
-      group = int(number / (o["layers"] / groups))
-      for place in range(inner):
-        layer = layers[group * inner + place]
-        x = layer(x, inputs, dropout_keys, number * inner + place)
+      times = sum(
+        int(n / (o["layers"] / groups)) == group for n in range(o["layers"])
+      )
+      x = run_layers(
+        layers[group * inner : (group + 1) * inner] * times,
+        x,
+        inputs,
+        dropout_keys,
+        options=o,
+        first=number,
+        period=inner,
+      )
+      number += times * inner
     return x.reshape(*inputs.ids.shape, -1)
 
 

@@ -44,7 +44,7 @@ def attend(
   window: int | None = None,
   dropout_keys: Key[Array, " B"] | None = None,
   dropout_rate: float = 0.0,
-  site: int = 0,
+  site: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B L H K"]:
   """Scaled dot-product attention that stops at document borders.
 
@@ -176,7 +176,7 @@ def xla(
   window: int | None = None,
   dropout_keys: Key[Array, " B"] | None = None,
   dropout_rate: float = 0.0,
-  site: int = 0,
+  site: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B L H K"]:
   """`attend` in plain JAX, which runs everywhere.
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from flaxmlm.models.attention import attend
+from flaxmlm.models.depth import run_layers
 from flaxmlm.models.heads import MaskedLanguageModelHead, Pooler
 from flaxmlm.models.layers import (
   ACTIVATIONS,
@@ -71,7 +72,7 @@ class Layer(nn.Module):
     x: Float[Array, "T D"],
     inputs: Inputs,
     dropout_keys: Key[Array, " B"] | None,
-    number: int,
+    number: int | Int[Array, ""],
   ) -> Float[Array, "T D"]:
     """Attention and feed-forward, each added to its input, then normed.
 
@@ -131,9 +132,11 @@ class Encoder(nn.Module):
     if x.shape[-1] != o["width"]:
       project = dense(o["width"], o["init_stddev"], self.dtype, name="project")
       x = project(x)
-    for number in range(o["layers"]):
-      layer = Layer(o, self.dtype, name=f"layer_{number}")
-      x = layer(x, inputs, dropout_keys, number)
+    layers = [
+      Layer(o, self.dtype, name=f"layer_{number}")
+      for number in range(o["layers"])
+    ]
+    x = run_layers(layers, x, inputs, dropout_keys, options=o)
     return x.reshape(*inputs.ids.shape, -1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 Dtype = str
 
@@ -89,7 +89,7 @@ def dropout(
   x: Float[Array, "..."],
   keys: Key[Array, " B"] | None,
   rate: float,
-  site: int,
+  site: int | Int[Array, ""],
 ) -> Float[Array, "..."]:
   """Drops entries of each row by that row's own key.
 

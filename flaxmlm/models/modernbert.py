@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flaxmlm.models.attention import attend
 from flaxmlm.models.bert import with_defaults
+from flaxmlm.models.depth import run_layers
 from flaxmlm.models.heads import MaskedLanguageModelHead
 from flaxmlm.models.layers import (
   ACTIVATIONS,
@@ -60,26 +61,36 @@ def rotate(x: Float[Array, "B L H K"], by: Turns) -> Float[Array, "B L H K"]:
 
 
 class Layer(nn.Module):
-  """One encoder layer; `number` counts from 0 and addresses its dropout."""
+  """One encoder layer.
+
+  With a window, the rotation is the near one of two. The first layer is given
+  what is normed already.
+  """
 
   options: Mapping[str, Any]
   dtype: Dtype
-  number: int
+  window: int | None
+  first: bool = False
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "T D"],
     inputs: Inputs,
-    by: Turns,
-    window: int | None,
+    far: Turns,
+    near: Turns,
     dropout_keys: Key[Array, " B"] | None,
+    number: int | Int[Array, ""],
   ) -> Float[Array, "T D"]:
-    """Attention and gated feed-forward, each of what is normed, each added."""
+    """Attention and gated feed-forward, each of what is normed, each added.
+
+    `number` counts the layers from 0 and addresses their dropout.
+    """
     o = self.options
     B, L = inputs.ids.shape
     D, H = o["width"], o["heads"]
-    site = 1 + 3 * self.number
+    site = 1 + 3 * number
+    by = far if self.window is None else near
 
     def linear(name: str, features: int, x: Array) -> Array:
       return dense(
@@ -89,7 +100,7 @@ class Layer(nn.Module):
     def norm(name: str, x: Array) -> Array:
       return layer_norm(o["norm_eps"], self.dtype, use_bias=False, name=name)(x)
 
-    normed = x if self.number == 0 else norm("attention_norm", x)
+    normed = x if self.first else norm("attention_norm", x)
     query, key, value = (
       linear(name, D, normed).reshape(B, L, H, D // H)
       for name in ("query", "key", "value")
@@ -100,7 +111,7 @@ class Layer(nn.Module):
       value,
       inputs.segments,
       backend=o["attention"],
-      window=window,
+      window=self.window,
       dropout_keys=dropout_keys,
       dropout_rate=o["attention_dropout"],
       site=site,
@@ -137,12 +148,28 @@ class Encoder(nn.Module):
       turns(inputs.positions, size, o[f"{reach}_rope_theta"])
       for reach in ("global", "local")
     )
-    for number in range(o["layers"]):
-      layer = Layer(o, self.dtype, number, name=f"layer_{number}")
-      if number % o["global_attn_every_n_layers"] == 0:
-        x = layer(x, inputs, far, None, dropout_keys)
-      else:
-        x = layer(x, inputs, near, o["local_attention"] // 2, dropout_keys)
+    every, window = o["global_attn_every_n_layers"], o["local_attention"] // 2
+    layers = [
+      Layer(
+        o,
+        self.dtype,
+        window if number % every else None,
+        first=number == 0,
+        name=f"layer_{number}",
+      )
+      for number in range(o["layers"])
+    ]
+    x = run_layers(
+      layers,
+      x,
+      inputs,
+      far,
+      near,
+      dropout_keys,
+      options=o,
+      skip=1,
+      period=every,
+    )
     x = layer_norm(
       o["norm_eps"], self.dtype, use_bias=False, name="final_norm"
     )(x)
