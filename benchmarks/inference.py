@@ -17,10 +17,10 @@ vocabulary of 30,522 made-up words. Interleaved in one run, and compared first:
 ONNX Runtime is given the export that it is best at (eager attention by
 TorchScript, which its fusions know) and all graph optimizations, as it is and
 with `onnxruntime.transformers.optimizer` first ("fused"). torch and ONNX
-Runtime have a thread a core. Needs the extra `bench`.
+Runtime have a thread a physical core. Needs the extra `bench`.
 
-Processes started by `flaxmlm` programs have huge pages, those of a notebook
-don't: `--huge_pages` shows what they are worth.
+A process that calls `load` has pages of 4 KiB, unlike `flaxmlm.train`;
+`--huge_pages` shows what huge ones would be worth.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def time_peers(
   best = min(m for n, m in median.items() if n.startswith("onnxruntime"))
   return {
     "milliseconds": median,
-    "ratio_to_onnxruntime_best": mine / best,
+    "least": {name: min(spent) for name, spent in times.items()},
+    "most": {name: max(spent) for name, spent in times.items()},
+    "time_to_onnxruntime_best": mine / best,
   }
 
 
@@ -174,6 +176,7 @@ def write_folder(folder: str, layers: int, width: int, heads: int) -> None:
   import torch
   import transformers
 
+  transformers.logging.disable_progress_bar()
   torch.manual_seed(0)
   config = transformers.BertConfig(
     vocab_size=VOCAB,
@@ -255,7 +258,7 @@ def make_onnx(
 
   def start(path: str) -> Callable[[np.ndarray], np.ndarray]:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = physical_cores()
     options.graph_optimization_level = (
       onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     )
@@ -297,6 +300,16 @@ def make_onnx(
       "onnxruntime fused": start(fused),
     }
   return sessions
+
+
+def physical_cores() -> int:
+  """Returns the number of cores to run on, two threads of one counted once."""
+  path = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+  cores = set()
+  for number in os.sched_getaffinity(0):
+    with open(path.format(number), encoding="utf-8") as file:
+      cores.add(file.read())
+  return len(cores)
 
 
 def check_hidden(ids: np.ndarray, results: dict[str, np.ndarray]) -> None:
