@@ -167,7 +167,10 @@ class LoadedModel:
     for place, scores in zip(places, logits, strict=False):
       scores = np.exp(scores - scores.max())
       scores /= scores.sum()
-      best = np.argsort(-scores, kind="stable")[:top_k]
+      # Sorting the whole vocabulary would take longer than a small model does.
+      last = np.partition(scores, -top_k)[-top_k]
+      good = np.flatnonzero(~(scores < last))
+      best = good[np.argsort(-scores[good], kind="stable")][:top_k]
       guesses = []
       for token in best:
         sequence = row.copy()
@@ -189,13 +192,15 @@ class LoadedModel:
     ids = np.asarray(input_ids, np.int32)
     if ids.ndim != 2 or ids.size == 0:
       raise InputError(f"input_ids: wants a shape [B, L], has {ids.shape}")
-    valid = np.ones_like(ids) if attention_mask is None else attention_mask
-    types = np.zeros_like(ids) if token_type_ids is None else token_type_ids
+    valid, types = (
+      np.full_like(ids, value) if given is None else np.asarray(given)
+      for given, value in ((attention_mask, 1), (token_type_ids, 0))
+    )
     B, L = ids.shape
     options = self.config["model"]
     for name, array in (("attention_mask", valid), ("token_type_ids", types)):
-      if np.shape(array) != ids.shape:
-        raise InputError(f"{name}: shape {np.shape(array)}, not {ids.shape}")
+      if array.shape != ids.shape:
+        raise InputError(f"{name}: shape {array.shape}, not {ids.shape}")
     if options["max_positions"] < L:
       raise InputError(
         f"input_ids: rows of {L} tokens; the model has"
@@ -209,24 +214,23 @@ class LoadedModel:
       ("attention_mask", valid, 1),
       ("token_type_ids", types, most_type),
     ):
-      if np.min(array) < 0 or np.max(array) > most:
+      if array.min() < 0 or array.max() > most:
         raise InputError(f"{name}: wants 0 to {most}")
     # A few static shapes, so that few programs are compiled.
-    rows = 1 << (B - 1).bit_length()
-    length = min(max(16, 1 << (L - 1).bit_length()), options["max_positions"])
-    space = ((0, rows - B), (0, length - L))
+    rows = _round_up(B)
+    length = min(max(16, _round_up(L, halves=True)), options["max_positions"])
+    # NumPy's arrays as they are: a jitted function takes them fastest itself.
     inputs = Inputs(
-      ids=jnp.asarray(np.pad(ids, space)),
-      segments=jnp.asarray(np.pad(np.asarray(valid, np.int32), space)),
-      positions=jnp.asarray(np.pad(self._positions(ids), space)),
-      token_types=jnp.asarray(np.pad(np.asarray(types, np.int32), space)),
+      ids=_fill_up(ids, rows, length),
+      segments=_fill_up(valid, rows, length),
+      positions=_fill_up(self._positions(ids), rows, length),
+      token_types=_fill_up(types, rows, length),
     )
     if slots is None:
       found = np.asarray(function(self.model, self.params, inputs))
       return found[:B, :L] if found.ndim == 3 else found[:B]
-    most = 1 << (slots.shape[1] - 1).bit_length()
-    slots = np.pad(slots, ((0, rows - B), (0, most - slots.shape[1])))
-    return np.asarray(function(self.model, self.params, inputs, slots)[:B])
+    slots = _fill_up(slots, rows, _round_up(slots.shape[1]))
+    return np.asarray(function(self.model, self.params, inputs, slots))[:B]
 
   def _positions(self, ids: np.ndarray) -> np.ndarray:
     """Returns int32 [B L]: from 0; see `Model.skips_padding`."""
@@ -260,6 +264,22 @@ def _logits_at(
   hidden = model.encode(params, inputs, None)
   hidden = jnp.take_along_axis(hidden, slots[..., None], axis=1)
   return model.predict(params, hidden).astype(jnp.float32)
+
+
+def _round_up(n: int, *, halves: bool = False) -> int:
+  """Returns the next power of two, or with halves of these and 24, 48, 96 ….
+
+  n itself where it is one of them.
+  """
+  power = 1 << (n - 1).bit_length()
+  return power * 3 // 4 if halves and n <= power * 3 // 4 else power
+
+
+def _fill_up(array: np.ndarray, rows: int, length: int) -> np.ndarray:
+  """Returns an array [B L] with zeros after its rows and below, int32."""
+  result = np.zeros((rows, length), np.int32)
+  result[: array.shape[0], : array.shape[1]] = array
+  return result
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
