@@ -270,6 +270,31 @@ def test_another_batch_size_goes_on_in_the_same_order(run):
   np.testing.assert_array_equal(got.ids, want.ids[:8])
 
 
+def test_an_order_goes_on_over_a_phase_with_another(tmp_path):
+  def phase(name, steps, before=None, **changes):
+    c = config.defaults()
+    c.train.continue_from = before and str(tmp_path / before)
+    c.data.row_length = changes.get("row_length", 32)
+    c.train.batch_size = changes.get("batch_size", 4)
+    workdir = tmp_path / name
+    (workdir / "checkpoints").mkdir(parents=True)
+    found = chain.find_chain(str(workdir), c.to_dict(), "store")
+    chain.write_chain(str(workdir), found)
+    (workdir / "checkpoints" / str(steps)).mkdir()
+    return chain.read_chain(str(workdir))[-1]
+
+  short = [phase("first", 10), phase("second", 13, "first", batch_size=8)]
+  assert phase("third", 15, "second", row_length=64).first_row == 0
+  short.append(phase("fourth", 20, "third", batch_size=3))
+  uses = [
+    phase.row_offset + step * phase.config["train"]["batch_size"] + row
+    for phase in short
+    for step in range(phase.first_step, phase.last_step)
+    for row in range(phase.config["train"]["batch_size"])
+  ]
+  assert uses == list(range(10 * 4 + 3 * 8 + 5 * 3))
+
+
 @pytest.mark.parametrize(
   ("overrides", "words"),
   [

@@ -24,7 +24,8 @@ class Phase(NamedTuple):
     store: sha256 of the manifest of its store.
     first_step: Steps done before it, of the whole chain.
     last_step: Steps done at its end, or until now.
-    first_row: Row uses of its order of the data that phases before it made.
+    first_row: Row uses of its order of the data that all phases before it
+      made.
   """
 
   workdir: str
@@ -48,6 +49,13 @@ class Phase(NamedTuple):
   def tokens(self) -> int:
     """Tokens that this phase has seen, padding included."""
     return self.rows * self.config["data"]["row_length"]
+
+  @property
+  def order(self) -> tuple[Any, ...]:
+    """What the order of its rows is a function of."""
+    data = self.config["data"]
+    weights = tuple(data["weights"])
+    return self.store, self.config["seed"], data["row_length"], weights
 
   @property
   def row_offset(self) -> int:
@@ -77,8 +85,9 @@ def find_chain(
 ) -> list[Phase]:
   """Returns the phases of a run that may not have begun yet.
 
-  With the order of the data as it was (store, seed, row length, weights) a
-  phase goes on in it, with any batch size; else it begins a new one.
+  An order of the data is that of a store, seed, row length and weights. A phase
+  goes on in its order, with any batch size, where the newest phase with the
+  same one ended, whatever came between; else it begins at the first row.
 
   Args:
     workdir: Of the run.
@@ -91,17 +100,12 @@ def find_chain(
   if run is None:
     return [Phase(workdir, dict(config), store, 0, 0, 0)]
   before = read_chain(run)
-  last = before[-1]
-
-  def order(config: Mapping[str, Any], store: str) -> tuple[Any, ...]:
-    data = config["data"]
-    weights = tuple(data["weights"])
-    return store, config["seed"], data["row_length"], weights
-
-  same = order(last.config, last.store) == order(config, store)
-  step = last.last_step
-  row = last.first_row + last.rows if same else 0
-  return [*before, Phase(workdir, dict(config), store, step, step, row)]
+  step = before[-1].last_step
+  own = Phase(workdir, dict(config), store, step, step, 0)
+  alike = [phase for phase in before if phase.order == own.order]
+  if alike:
+    own = own._replace(first_row=alike[-1].first_row + alike[-1].rows)
+  return [*before, own]
 
 
 def write_chain(workdir: str, phases: list[Phase]) -> None:
