@@ -451,6 +451,32 @@ def test_a_model_of_a_multiple_of_the_width_computes_the_same(family, times):
   np.testing.assert_allclose(logits(new, large), want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.slow
+def test_a_deeper_albert_is_its_layers_unrolled_and_tiled(groups):
+  old = family_options("albert")
+  old |= {"num_hidden_groups": groups}
+  new = old | {"layers": 4}
+  small = random_params(old)
+  deeper = tiling.tile(small, random_params(new), old=old, new=new, seed=0)
+  # The same with parameters of their own for each layer, as BERT's have.
+  own = old | {"num_hidden_groups": 2}, new | {"num_hidden_groups": 4}
+  encoder = dict(small["encoder"])
+  for layer in range(2):
+    source = layer % groups
+    encoder[f"layer_{layer}"] = small["encoder"][f"layer_{source}"]
+  unrolled = tiling.tile(
+    small | {"encoder": encoder},
+    random_params(own[1]),
+    old=own[0] | {"family": "bert"},
+    new=own[1] | {"family": "bert"},
+    seed=0,
+  )
+  want = logits(own[1], unrolled)
+  assert np.abs(want - logits(new, small)).max() > 0.1
+  np.testing.assert_allclose(logits(new, deeper), want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
 def test_no_copy_has_the_gradient_of_the_original(family):

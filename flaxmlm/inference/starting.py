@@ -97,15 +97,21 @@ def start_from(
 
   params = jax.tree_util.tree_map_with_path(fit, params)
   params = _with_positions(params, m.config["model"], options, folder, say)
-  if any(options[name] != m.config["model"][name] for name in _DIMENSIONS):
-    old = m.config["model"]
+  old = m.config["model"]
+  changed = [name for name in _DIMENSIONS if options[name] != old[name]]
+  if changed:
     params = tile(params, fresh, old=old, new=options, seed=seed)
-    changes = ", ".join(
-      f"{name} {old[name]} -> {options[name]}" for name in _DIMENSIONS
+  if "layers" in changed and options["family"] == "albert":
+    changed.remove("layers")
+    say(
+      f"{folder}: the parameters that {old['layers']} layers share serve"
+      f" {options['layers']}; what each adds is divided by as much"
     )
+  if changed:
+    changes = [f"{name} {old[name]} -> {options[name]}" for name in changed]
     say(
       f"{folder}: {count_parameters(m.params):,} parameters are tiled into"
-      f" {count_parameters(params):,} ({changes})"
+      f" {count_parameters(params):,} ({', '.join(changes)})"
     )
   return fresh | params
 
