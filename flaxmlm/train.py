@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
   lock = claim_workdir(workdir, c)
   if c.train.continue_from is not None and newest_step(workdir) is None:
     check_stopped(c.train.continue_from)
+    check_tokenizer(c)
 
   # Text to token store, before JAX takes threads and memory.
   store, plans, validation = open_data(c, workdir)
@@ -83,8 +84,6 @@ def main(argv: list[str] | None = None) -> None:
   begun = chain.newest_step(workdir) is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
   if not begun:
-    if run is not None:
-      check_tokenizer(run, store)
     chain.write_chain(workdir, [*before, phase])
 
   # The parts.
@@ -353,17 +352,29 @@ def check_stopped(run: str) -> None:
     return  # a copy without its lock, or a file system that knows none
 
 
-def check_tokenizer(run: str, store: TokenStore) -> None:
-  """Raises InputError if a store isn't of the tokenizer of a run."""
-  from flaxmlm import tokenizers
+def check_tokenizer(c: ConfigDict) -> None:
+  """Raises InputError if the text isn't to be of the tokenizer of a run.
 
-  theirs = tokenizers.load(os.path.join(run, "tokenizer")).fingerprint
-  if store.manifest["tokenizer"] != theirs:
+  The run is `train.continue_from`. A store that is still to be made gets the
+  tokenizer of `tokenizer.path`.
+  """
+  from flaxmlm import prepare, tokenizers
+  from flaxmlm.data.store import open_store
+
+  run = c.train.continue_from
+  theirs = os.path.join(run, "tokenizer")
+  if c.data.store is not None:
+    ours = open_store(c.data.store).manifest["tokenizer"]
+    where = f"{c.data.store} was made with"
+    instead = f"make a store with tokenizer.path={theirs}"
+  else:
+    ours = prepare.load_tokenizer(c).fingerprint
+    where = f"tokenizer.path={c.tokenizer.path} is"
+    instead = "leave the key out"
+  if ours != tokenizers.load(theirs).fingerprint:
     raise InputError(
-      f"{store.folder} was made with another tokenizer than"
-      f" train.continue_from={run}; make a store with"
-      f" tokenizer.path={os.path.join(run, 'tokenizer')}, or take the"
-      " parameters alone by model.init_from"
+      f"{where} another tokenizer than that of train.continue_from={run};"
+      f" {instead}, or take the parameters alone by model.init_from"
     )
 
 

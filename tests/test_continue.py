@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_programs import environment, lines, program
 
 import flaxmlm
-from flaxmlm import InputError, config, models, train
+from flaxmlm import InputError, config, models, tokenizers, train
 from flaxmlm.data import batches, rows
 from flaxmlm.data.store import open_store
 from flaxmlm.inference import starting, tiling
@@ -344,6 +344,31 @@ def test_a_store_of_another_tokenizer_is_refused(folder, file, run):
     code=2,
   )
   assert "was made with another tokenizer" in error
+
+
+@pytest.mark.slow
+def test_another_tokenizer_is_refused_before_a_store_is_made(folder, run):
+  # The file that the run's tokenizer was taken from is another one by now.
+  texts = [(folder / "docs.txt").read_text()]
+  other = tokenizers.train(texts, kind="bpe", vocab_size=300)
+  other.save(str(folder / "tokenizer"))
+  copy = folder / "with_path"
+  shutil.copytree(run, copy)
+  c = config.from_json(str(copy / "config.json"))
+  c.tokenizer.path = str(folder / "tokenizer")
+  (copy / "config.json").write_text(config.to_json(c))
+  workdir = folder / "refused_early"
+  error = fit(
+    f"train.continue_from={copy}",
+    f"tokenizer.path={folder}/tokenizer",
+    "data.cleaning.min_chars=20",
+    "train.steps=13",
+    workdir=workdir,
+    code=2,
+  )
+  assert "is another tokenizer than that of train.continue_from" in error
+  assert "leave the key out" in error
+  assert not list(workdir.glob("store*"))
 
 
 @pytest.mark.slow

@@ -88,6 +88,9 @@ def load(
     )
   data = read_file(where)
   if saved is not None:
+    as_saved = _build(where, data, None, settings, None)
+    if not lowercase or _lower_cases(as_saved):
+      return as_saved
     return _build(where, data, lowercase, settings, None)
   from flaxmlm.tokenizers import published
 
@@ -97,6 +100,13 @@ def load(
       published.check(said, where)
     settings = settings._replace(specials=said.specials)
   return _build(where, data, lowercase, settings, said)
+
+
+def _lower_cases(tokenizer: Tokenizer) -> bool:
+  """Says whether a tokenizer lower-cases text by itself."""
+  text = "ABCDEFGHIJKLMNOPQRSTUVWXYZ ÄÉΣЖ"
+  upper, lower = tokenizer.encode_batch([text, text.lower()])
+  return upper.ids.tolist() == lower.ids.tolist()
 
 
 def has_tokenizer(folder: str) -> bool:
