@@ -22,7 +22,8 @@ from flaxmlm.data import batches, rows
 from flaxmlm.data.store import open_store
 from flaxmlm.inference import starting, tiling
 from flaxmlm.models import Inputs
-from flaxmlm.training import chain
+from flaxmlm.training import chain, optimizers, sharding
+from flaxmlm.training.step import make_init, state_shapes
 
 TINY = """
 from flaxmlm.config import defaults
@@ -329,7 +330,63 @@ def test_a_run_that_still_trains_is_refused(run):
   with open(run / "lock", "wb") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="a process still trains there"):
-      train.check_stopped(str(run))
+      train.hold_run(str(run))
+
+
+@pytest.mark.slow
+def test_a_run_doesnt_train_while_a_phase_begins(folder, run):
+  copy = folder / "held"
+  shutil.copytree(run, copy)
+  with train.hold_run(str(copy)), train.hold_run(str(copy)):
+    error = program("train", f"--workdir={copy}", code=2)
+  assert "or begins to go on from it" in error
+  assert "report: " in program("train", f"--workdir={copy}")
+
+
+@pytest.mark.slow
+def test_a_phase_lets_the_run_go_once_it_has_begun(folder, run):
+  workdir = folder / "begun"
+  line = [
+    *(sys.executable, "-m", "flaxmlm.train", f"--workdir={workdir}"),
+    f"--config.train.continue_from={run}",
+    "--config.train.steps=20000",
+    "--config.log.every=1",
+  ]
+  process = subprocess.Popen(
+    line,
+    cwd=ROOT,
+    env=environment() | {"PYTHONUNBUFFERED": "1"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  held = []
+  try:
+    for line in process.stdout:
+      with open(run / "lock", "rb") as lock:
+        try:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          held.append(False)
+        except BlockingIOError:
+          held.append(True)
+      if line.startswith("step 12/"):
+        break
+  finally:
+    process.kill()
+    process.wait()
+  assert held[0] and not held[-1]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_gone_on_is_noticed(run):
+  c = config.from_json(str(run / "config.json"))
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  model = models.build(c.model, vocab_size=300, dtype="float32")
+  optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
+  shapes = state_shapes(*make_init(model, optimizer, mesh))
+  state = starting.continue_from(str(run), shapes, mesh, print, step=12)
+  assert int(state.step) == 12
+  with pytest.raises(InputError, match="of step 12, not 10 any more"):
+    starting.continue_from(str(run), shapes, mesh, print, step=10)
 
 
 @pytest.mark.slow

@@ -117,7 +117,12 @@ def start_from(
 
 
 def continue_from(
-  run: str, shapes: State, mesh: Mesh, say: Callable[[str], None]
+  run: str,
+  shapes: State,
+  mesh: Mesh,
+  say: Callable[[str], None],
+  *,
+  step: int,
 ) -> State:
   """Returns the newest state of a run: parameters, optimizer state and step.
 
@@ -127,9 +132,11 @@ def continue_from(
       have more positions than the run's.
     mesh: Where the state is to be.
     say: Is told what was done.
+    step: What the state is to be the state after.
 
   Raises:
-    InputError: The run has saved nothing, or its arrays are of other shapes.
+    InputError: The run has saved nothing, has gone on since `step`, or its
+      arrays are of other shapes.
   """
   config = from_json(os.path.join(run, "config.json"))
   V = shapes.params["encoder"]["embeddings"]["word"]["embedding"].shape[0]
@@ -138,6 +145,11 @@ def continue_from(
   theirs = state_shapes(*make_init(model, optimizer, mesh))
   directory = os.path.abspath(os.path.join(run, "checkpoints"))
   state = checkpoints.restore_other(directory, theirs)
+  if int(state.step) != step:
+    raise InputError(
+      f"{run}: its newest state is that of step {int(state.step):,}, not"
+      f" {step:,} any more; stop it, and start this run again"
+    )
   # The leaves alone: an optimizer without clipping is a level less deep.
   old = jax.tree_util.tree_flatten_with_path(state)[0]
   new, structure = jax.tree.flatten(shapes)
