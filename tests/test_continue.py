@@ -296,6 +296,55 @@ def test_an_order_goes_on_over_a_phase_with_another(tmp_path):
   assert uses == list(range(10 * 4 + 3 * 8 + 5 * 3))
 
 
+def write_run(folder, **changes):
+  """Files of a run of nine steps; a change of None leaves one out."""
+  files = {
+    "config.json": config.defaults().to_dict(),
+    "store.json": {"manifest_sha256": "abc"},
+    **{f"{name}.json": value for name, value in changes.items()},
+  }
+  (folder / "checkpoints" / "9").mkdir(parents=True)
+  for name, value in files.items():
+    if value is not None:
+      (folder / name).write_text(json.dumps(value))
+
+
+def test_a_run_of_before_stores_were_noted_goes_on_in_a_new_order(tmp_path):
+  write_run(tmp_path, store=None)
+  [phase] = chain.read_chain(str(tmp_path))
+  assert phase.store is None and phase.last_step == 9
+  c = config.defaults()
+  c.train.continue_from = str(tmp_path)
+  found = chain.find_chain("nowhere", c.to_dict(), "abc")
+  assert (found[-1].first_step, found[-1].first_row) == (9, 0)
+
+
+def test_a_run_of_before_a_key_was_there_is_a_phase(tmp_path):
+  values = config.defaults().to_dict()
+  del values["data"]["weights"], values["optimizer"], values["objective"]
+  write_run(tmp_path, config=values)
+  [phase] = chain.read_chain(str(tmp_path))
+  assert phase.tokens == 9 * 256 * 128 and phase.order
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"config": None},
+    {"config": {"train": {"steps": 3}}},
+    {"store": {}},
+    {"chain": []},
+    {"chain": [{"workdir": "x"}]},
+    {"chain": {"workdir": "x"}},
+  ],
+)
+def test_a_run_whose_files_are_broken_is_named(tmp_path, changes):
+  write_run(tmp_path, **changes)
+  with pytest.raises(InputError, match="isn't what a run writes") as error:
+    chain.read_chain(str(tmp_path))
+  assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
   ("overrides", "words"),
   [
