@@ -508,6 +508,45 @@ def test_load_takes_a_run_of_before_a_key_was_there(folder, run):
   assert_same(old, run)
 
 
+@pytest.mark.slow
+def test_the_card_of_an_export_names_each_phase(folder, run):
+  text = folder / "numbers.txt"
+  text.write_text("".join(f"A line with the number {i}.\n" for i in range(400)))
+  workdir = folder / "numbers"
+  fit(
+    f"train.continue_from={run}",
+    f"data.source={text}",
+    "data.document=line",
+    "objective.rate=0.3",
+    "train.batch_size=8",
+    "train.steps=14",
+    workdir=workdir,
+  )
+  out = folder / "exported"
+  program(
+    "export", f"--workdir={workdir}", "--format=huggingface", f"--out={out}"
+  )
+  card = (out / "README.md").read_text()
+  first, second = card.split("## Data of phase 1")[1].split("of phase 2", 1)
+  for part, where, source, rate, steps in (
+    (first, run, "docs.txt", 0.15, "12 of 16 rows of 32 tokens, 6,144 tokens"),
+    (second, workdir, "numbers.txt", 0.3, "2 of 8 rows of 32 tokens, 512 to"),
+  ):
+    manifest = json.loads((where / "store" / "manifest.json").read_text())
+    last = [x for x in lines(where / "metrics.jsonl") if "eval/loss" in x][-1]
+    for want in (
+      source,
+      f" rate={rate} |",
+      f"| steps | {steps}",
+      f"| tokens | {manifest['splits']['train']['tokens']:,} for training",
+      f"after step {last['step']}.",
+      f" {last['eval/loss']:.4g} |",
+      f" {last['eval/unigram_entropy']:.4g} |",
+    ):
+      assert want in part, want
+  assert "count on from 12" in second and "numbers.txt" not in first
+
+
 # A longer table of positions.
 
 
