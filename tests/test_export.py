@@ -13,6 +13,7 @@ import sentencepiece
 import tokenizers as tokenizers_library
 from conftest import ROOT
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from test_programs import program
 
 from flaxmlm import InputError, config, export, load, models, tokenizers
 from flaxmlm.inference import exporting
@@ -416,6 +417,64 @@ def test_a_folder_without_a_tokenizer_is_refused(run, tmp_path):
     export.main(
       [f"--workdir={folder}", "--format=huggingface", f"--out={tmp_path}/new"]
     )
+
+
+@pytest.mark.slow
+def test_evaluate_finds_in_the_folder_what_it_finds_in_the_run(run, tmp_path):
+  (tmp_path / "other.txt").write_text("\n".join(trials.CHINESE + ODD[40:60]))
+  found = {}
+  for name, keys in {
+    "run": [],
+    # What a run knows of how it was trained, and a folder doesn't.
+    "out": ["data.row_length=64", "data.document=line", "objective.rate=0.2"],
+  }.items():
+    path = tmp_path / f"{name}.json"
+    program(
+      "evaluate",
+      *(f"--workdir={run}/{name}", f"--source={tmp_path}/other.txt"),
+      *(f"--json={path}", *(f"--config.{key}" for key in keys)),
+    )
+    found[name] = json.loads(path.read_text())
+  ours, theirs = found["run"], found["out"]
+  assert ours.pop("step") == 4 and ours["eval/targets"] > 50
+  # The folder doesn't know the frequencies of the tokens it was trained on.
+  ours.pop("eval/unigram_entropy"), theirs.pop("eval/unigram_entropy")
+  assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_fill_mask_answers_from_the_folder_as_from_the_run(run):
+  ours, theirs = (
+    program("fill_mask", f"--workdir={run}/{name}", *PROMPTS)
+    for name in ("run", "out")
+  )
+  assert theirs == ours
+
+
+@pytest.mark.parametrize(
+  ("name", "args", "message"),
+  [
+    ("evaluate", ["--config.data.row_length=64"], "name a text by --source"),
+    ("evaluate", ["--source=none.txt"], "data.row_length=128 is longer"),
+    (
+      "evaluate",
+      ["--source=x", "--config=configs/quickstart.py"],
+      "has 2; leave the key out",
+    ),
+    ("preview", [], "is a Hugging Face folder, and no run is there"),
+    (
+      "train",
+      ["--config=configs/quickstart.py"],
+      "is a Hugging Face folder, and no run is there",
+    ),
+  ],
+)
+@pytest.mark.slow
+def test_what_a_folder_isnt_for_is_said_in_a_line(run, name, args, message):
+  before = sorted((run / "out").iterdir())
+  error = program(name, f"--workdir={run}/out", *args, code=2)
+  assert message in error and len(error.splitlines()) == 1
+  assert sorted((run / "out").iterdir()) == before
 
 
 def test_a_line_that_differs_stops_the_export(tmp_path):
