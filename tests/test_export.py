@@ -16,7 +16,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from test_programs import program
 
 from flaxmlm import InputError, config, export, load, models, tokenizers
-from flaxmlm.inference import exporting
+from flaxmlm.inference import exporting, starting
 from flaxmlm.inference.loading import LoadedModel
 from flaxmlm.interop import families
 from flaxmlm.tokenizers import sentence_piece, trials
@@ -306,6 +306,39 @@ def test_bfloat16_runs_are_compared_in_float32(unigram, tmp_path):
   m = dataclasses.replace(m, model=low)
   rows = [export.make_row(m, "The name of it.")]
   assert exporting.check_logits(m, written(m, tmp_path / "x"), rows) == 0
+
+
+def wordpieces(folder, *tokens: str):
+  folder.mkdir()
+  names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tokens]
+  (folder / "vocab.txt").write_text("".join(f"{name}\n" for name in names))
+  return tokenizers.load(str(folder))
+
+
+def test_another_vocabulary_is_counted_as_it_is_mapped(tmp_path):
+  old = wordpieces(tmp_path / "old", "the", "sing", "##song", "x")
+  new = wordpieces(
+    tmp_path / "new", "x", "The", "the", "singsong", "##song", "☃", "Б"
+  )
+  m = build("bert", old)
+  table = np.asarray(m.params["encoder"]["embeddings"]["word"]["embedding"])
+  said = []
+  mapped = starting.start_from(
+    written(m, tmp_path / "x"),
+    new,
+    m.params,
+    said.append,
+    options=m.config["model"],
+    seed=0,
+  )
+  got = np.asarray(mapped["encoder"]["embeddings"]["word"]["embedding"])
+  the, sing, song, x = table[5:]
+  every = table.mean(axis=0)
+  want = [*table[:5], x, the, the, (sing + song) / 2, song, every, every]
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+  # Five special tokens, x, the, ##song; The; singsong; what is unknown.
+  assert "of 12 tokens; 8 keep their rows, 1 copy that of another" in said[0]
+  assert "1 are means of their pieces, 2 are unknown there" in said[0]
 
 
 @pytest.fixture(scope="module")
