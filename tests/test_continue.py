@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_programs import environment, lines, program
+from conftest import ROOT, environment, lines, program, random_params
 
 import flaxmlm
 from flaxmlm import InputError, config, models, tokenizers, train
@@ -576,13 +575,8 @@ def build(options):
   return models.build(options, vocab_size=V, dtype="float32")
 
 
-def random_params(options, seed=0):
-  """Parameters of unit scale, biases and norms included."""
-  params = jax.jit(build(options).init)(jax.random.key(seed))
-  random = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda x: x + random.normal(0, 0.2, x.shape).astype(np.float32), params
-  )
+def small_params(options, seed=0):
+  return random_params(options, vocab_size=V, seed=seed)
 
 
 def logits(options, params):
@@ -614,8 +608,8 @@ def family_options(family):
 def test_a_model_of_a_multiple_of_the_width_computes_the_same(family, times):
   old = family_options(family)
   new = old | {name: times * old[name] for name in ("width", "heads", "ffn")}
-  small = random_params(old)
-  large = tiling.tile(small, random_params(new), old=old, new=new, seed=0)
+  small = small_params(old)
+  large = tiling.tile(small, small_params(new), old=old, new=new, seed=0)
   want = logits(old, small)
   assert want.std() > 0.3
   np.testing.assert_allclose(logits(new, large), want, rtol=1e-3, atol=1e-4)
@@ -627,8 +621,8 @@ def test_a_deeper_albert_is_its_layers_unrolled_and_tiled(groups):
   old = family_options("albert")
   old |= {"num_hidden_groups": groups}
   new = old | {"layers": 4}
-  small = random_params(old)
-  deeper = tiling.tile(small, random_params(new), old=old, new=new, seed=0)
+  small = small_params(old)
+  deeper = tiling.tile(small, small_params(new), old=old, new=new, seed=0)
   # The same with parameters of their own for each layer, as BERT's have.
   own = old | {"num_hidden_groups": 2}, new | {"num_hidden_groups": 4}
   encoder = dict(small["encoder"])
@@ -637,7 +631,7 @@ def test_a_deeper_albert_is_its_layers_unrolled_and_tiled(groups):
     encoder[f"layer_{layer}"] = small["encoder"][f"layer_{source}"]
   unrolled = tiling.tile(
     small | {"encoder": encoder},
-    random_params(own[1]),
+    small_params(own[1]),
     old=own[0] | {"family": "bert"},
     new=own[1] | {"family": "bert"},
     seed=0,
@@ -653,7 +647,7 @@ def test_no_copy_has_the_gradient_of_the_original(family):
   old = family_options(family)
   new = old | {name: 2 * old[name] for name in ("width", "heads", "ffn")}
   large = tiling.tile(
-    random_params(old), random_params(new), old=old, new=new, seed=0
+    small_params(old), small_params(new), old=old, new=new, seed=0
   )
 
   def loss(params):
@@ -677,8 +671,8 @@ def test_no_copy_has_the_gradient_of_the_original(family):
 def test_each_axis_is_centred_and_wraps_around():
   old = family_options("modernbert")
   new = old | {"layers": 5, "width": 30, "heads": 5, "ffn": 33}
-  small = random_params(old)
-  fresh = random_params(new)
+  small = small_params(old)
+  fresh = small_params(new)
   large = tiling.tile(small, fresh, old=old, new=new, seed=0)
   table = np.asarray(small["encoder"]["embeddings"]["word"]["embedding"])
   wide = np.asarray(large["encoder"]["embeddings"]["word"]["embedding"])

@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import subprocess
 import sys
 
 import jax
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as tokenizers_library
-from conftest import ROOT
+from conftest import ROOT, program
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from test_programs import program
+from test_published import write_vocab_txt
 
 from flaxmlm import InputError, config, export, load, models, tokenizers
 from flaxmlm.inference import exporting, starting
@@ -311,8 +310,7 @@ def test_bfloat16_runs_are_compared_in_float32(unigram, tmp_path):
 def wordpieces(folder, *tokens: str):
   folder.mkdir()
   names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tokens]
-  (folder / "vocab.txt").write_text("".join(f"{name}\n" for name in names))
-  return tokenizers.load(str(folder))
+  return tokenizers.load(write_vocab_txt(folder, names))
 
 
 def test_another_vocabulary_is_counted_as_it_is_mapped(tmp_path):
@@ -350,25 +348,20 @@ def run(tmp_path_factory, texts):
 def make_run(folder, texts, kind):
   source = folder / "text.txt"
   source.write_text("\n".join(texts), encoding="utf-8")
-  subprocess.run(
-    [
-      *(sys.executable, "-m", "flaxmlm.train"),
-      f"--config={ROOT}/configs/quickstart.py",
-      f"--workdir={folder}/run",
-      f"--config.data.source={source}",
-      "--config.data.document=line",
-      f"--config.tokenizer.kind={kind}",
-      "--config.model.layers=2",
-      "--config.model.width=32",
-      "--config.train.steps=4",
-      "--config.optimizer.warmup_steps=1",
-      "--config.checkpoint.every=4",
-      "--config.eval.every=2",
-      "--config.eval.rows=32",
-    ],
-    cwd=ROOT,
-    check=True,
-    capture_output=True,
+  program(
+    "train",
+    f"--config={ROOT}/configs/quickstart.py",
+    f"--workdir={folder}/run",
+    f"--config.data.source={source}",
+    "--config.data.document=line",
+    f"--config.tokenizer.kind={kind}",
+    "--config.model.layers=2",
+    "--config.model.width=32",
+    "--config.train.steps=4",
+    "--config.optimizer.warmup_steps=1",
+    "--config.checkpoint.every=4",
+    "--config.eval.every=2",
+    "--config.eval.rows=32",
   )
   export.main(
     [f"--workdir={folder}/run", "--format=huggingface", f"--out={folder}/out"]
