@@ -644,22 +644,40 @@ def parser(doc: str | None, *, workdir: bool = True) -> argparse.ArgumentParser:
 
 
 def parse(
-  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+  parser: argparse.ArgumentParser,
+  argv: Sequence[str] | None = None,
+  *,
+  huggingface: bool = False,
 ) -> tuple[argparse.Namespace, ConfigDict]:
   """Returns a program's arguments and its config, checked and validated.
 
   Without --config, the config of the run in the workdir is taken. With
   `--print_config` prints it first, and exits if it is a good one.
 
+  Args:
+    parser: Of `parser`.
+    argv: The arguments; None: the command line's.
+    huggingface: Whether the workdir may be a Hugging Face folder. The keys of
+      the model are those of the folder then, the tokenizer is the one there,
+      and the other keys are at their defaults where nothing sets them.
+
   Raises:
     InputError: See `load` and `validate`.
   """
+  from flaxmlm.interop.families import is_folder
+
   args, overrides = parser.parse_known_args(argv)
   path, workdir = args.config, getattr(args, "workdir", None) or ""
+  given = workdir if workdir and is_folder(workdir) else None
+  if given and not huggingface:
+    raise InputError(
+      f"--workdir={workdir} is a Hugging Face folder, and no run is there; name"
+      " the folder of a run (model.init_from begins one with the parameters)"
+    )
   goes_on = any(
     o.startswith("--config.train.continue_from=") for o in overrides
   )
-  if path is None and workdir:
+  if path is None and workdir and not given:
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path) and goes_on:
       path = None
@@ -670,12 +688,15 @@ def parse(
       )
   values, stated = _read(path, overrides)
   config = check_keys(values, where="--config")
-  config = take_rest(config, stated, workdir)
+  if given:
+    config = _take_folder(values, stated, given)
+  else:
+    config = take_rest(config, stated, workdir)
   if args.print_config:
     print(to_json(config), end="", flush=True)
   check_json(getattr(args, "json", None))
   made = os.path.join(workdir, "store", "manifest.json")
-  validate(config, sources=not (workdir and os.path.exists(made)))
+  validate(config, sources=not (workdir and (given or os.path.exists(made))))
   if args.print_config:
     sys.exit(0)
   return args, config
@@ -730,6 +751,36 @@ def _take_architecture(
   values: dict[str, Any], stated: Collection[str], folder: str
 ) -> ConfigDict:
   """Returns the config with the architecture of `model.init_from`."""
+  theirs = _read_architecture(folder)
+  ours = {k: values[k] for k in stated if values[k] is not None}
+  _check_architecture(ours, theirs, folder, (_POSITIONS, *_TILED))
+  result = check_keys(values | theirs | ours, where=folder)
+  size = theirs["model.width"] // theirs["model.heads"]
+  if result.model.width != size * result.model.heads:
+    raise InputError(
+      f"model.width={result.model.width} and model.heads={result.model.heads}:"
+      f" a head stays {size} wide, as in {folder};"
+      f" model.heads={result.model.width // size} does"
+    )
+  return result
+
+
+def _take_folder(
+  values: dict[str, Any], stated: Collection[str], folder: str
+) -> ConfigDict:
+  """Returns the config with the model and tokenizer of a Hugging Face folder."""
+  theirs = _read_architecture(folder)
+  ours = {k: values[k] for k in stated if values[k] is not None}
+  _check_architecture(ours, theirs, folder, ())
+  for name, key in KEYS.items():
+    if name.startswith("tokenizer."):
+      theirs[name] = key.default
+  theirs["tokenizer.path"] = folder
+  return check_keys(values | theirs, where=folder)
+
+
+def _read_architecture(folder: str) -> dict[str, Any]:
+  """Returns the `model` keys of a run's or a Hugging Face folder, flat."""
   path = os.path.join(folder, "config.json")
   if not os.path.isfile(path):
     raise InputError(
@@ -750,17 +801,7 @@ def _take_architecture(
   theirs = {f"model.{name}": value for name, value in found.items()}
   for name in ("init_from", "attention"):
     theirs.pop(f"model.{name}", None)
-  ours = {k: values[k] for k in stated if values[k] is not None}
-  _check_architecture(ours, theirs, folder, (_POSITIONS, *_TILED))
-  result = check_keys(values | theirs | ours, where=path)
-  size = theirs["model.width"] // theirs["model.heads"]
-  if result.model.width != size * result.model.heads:
-    raise InputError(
-      f"model.width={result.model.width} and model.heads={result.model.heads}:"
-      f" a head stays {size} wide, as in {folder};"
-      f" model.heads={result.model.width // size} does"
-    )
-  return result
+  return theirs
 
 
 def _check_architecture(
@@ -778,7 +819,7 @@ def _check_architecture(
     hint = "leave the key out"
     if name in growing:
       hint = "it can be made larger, not smaller"
-    elif name in _TILED:
+    elif name in _TILED and growing:
       hint = "a run keeps its size; model.init_from begins a larger one"
     raise InputError(
       f"{name}={ours[name]!r}, but {folder} has {value!r}; {hint}"

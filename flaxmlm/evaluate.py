@@ -2,6 +2,8 @@
 
   python -m flaxmlm.evaluate --workdir=runs/quickstart --source='other/*.txt'
 
+The folder may be Hugging Face's: then --source is needed, and --config, or keys
+of it, say how it is measured (data.row_length, objective.rate).
 Masks depend on the row alone: two evaluations of the same rows agree exactly.
 """
 
@@ -13,6 +15,7 @@ import os
 import tempfile
 
 from flaxmlm import InputError, config
+from flaxmlm.interop import families
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,9 +31,15 @@ def main(argv: list[str] | None = None) -> None:
     "--rows", type=int, metavar="N", help="rows at most; by default all"
   )
   parser.add_argument("--json", metavar="FILE", help="write the figures here")
-  args, c = config.parse(parser, argv)
-  if not os.path.isdir(os.path.join(args.workdir, "checkpoints")):
+  args, c = config.parse(parser, argv, huggingface=True)
+  is_run = os.path.isdir(os.path.join(args.workdir, "checkpoints"))
+  if not is_run and not families.is_folder(args.workdir):
     raise InputError(f"{args.workdir}: no checkpoint there yet; train first")
+  if not is_run and args.source is None:
+    raise InputError(
+      f"{args.workdir} is a Hugging Face folder, without a validation split;"
+      " name a text by --source"
+    )
   if args.rows is not None and args.rows < 1:
     raise InputError(f"--rows={args.rows}: wants at least 1")
 
@@ -39,9 +48,13 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm.train import open_data
 
   with contextlib.ExitStack() as stack:
-    trained, _, plan = open_data(c, args.workdir)
-    store = trained
-    if args.source is not None:
+    tokenizer = c.tokenizer.path
+    if is_run:
+      trained, _, plan = open_data(c, args.workdir)
+      tokenizer = os.path.join(trained.folder, "tokenizer")
+    if args.source is None:
+      store = trained
+    else:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
       store = prepare.prepare_store(
         config.check_keys(
@@ -51,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             "data.weights": (),
             "data.validation_source": None,
             "data.validation_fraction": 0.0,
-            "tokenizer.path": os.path.join(trained.folder, "tokenizer"),
+            "tokenizer.path": tokenizer,
           },
           where="--source",
         ),
@@ -68,6 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     from flaxmlm.training.step import make_eval_step
 
     m = load(args.workdir)
+    if "mlm" not in m.params:
+      raise InputError(f"{args.workdir}: has no MLM head; nothing to measure")
+    # The frequencies of a Hugging Face folder's training aren't known.
+    counts = (trained if is_run else store).counts
     mesh = sharding.make_mesh(**c.mesh)
     places = sharding.tree_sharding(mesh, m.params)
     eval_step = make_eval_step(
@@ -78,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
       mesh=mesh,
       params_sharding=places,
       log_unigram=metrics.log_unigram(
-        trained.counts, objectives.special_ids(store.vocab)
+        counts, objectives.special_ids(store.vocab)
       ),
     )
     size = sharding.whole_rows(mesh, c.train.batch_size // c.train.microbatches)
@@ -90,15 +107,17 @@ def main(argv: list[str] | None = None) -> None:
     ) | {"eval/uniform_entropy": float(np.log(store.vocab["size"]))}
 
   rows_used = min(plan.rows, args.rows or plan.rows)
+  seen = f", step {m.step:,}," if is_run else ""
   print(
-    f"{args.workdir}, step {m.step:,}, on"
-    f" {args.source or 'its validation split'}: {rows_used:,} rows"
+    f"{args.workdir}{seen} on {args.source or 'its validation split'}:"
+    f" {rows_used:,} rows"
   )
   for name, value in values.items():
     print(f"{name.removeprefix('eval/'):>18}  {value:,.4f}")
   if args.json is not None:
     with open(args.json, "w", encoding="utf-8") as file:
-      json.dump({"step": m.step, "rows": rows_used} | values, file, indent=2)
+      step = {"step": m.step} if is_run else {}
+      json.dump(step | {"rows": rows_used} | values, file, indent=2)
       file.write("\n")
 
 

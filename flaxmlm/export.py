@@ -28,6 +28,7 @@ if TYPE_CHECKING:
   import numpy as np
 
   from flaxmlm.inference.loading import LoadedModel
+  from flaxmlm.interop import model_card
   from flaxmlm.tokenizers import Tokenizer
 
 FORMATS = ("huggingface",)
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
   if m.tokenizer is None or "mlm" not in m.params:
     missing = "MLM head" if m.tokenizer else "tokenizer"
     raise InputError(f"{args.workdir}: has no {missing}; export wants one")
-  run = read_run(args.workdir)
+  phases = read_phases(args.workdir)
   family, vocab = m.config["model"]["family"], m.tokenizer.vocab
   facts = {
     "family": family,
@@ -85,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
 
   tokenizer_json = to_json(m.tokenizer)
   lines, notes = check_tokenizer(
-    m.tokenizer, tokenizer_json, read_texts(run["config"])
+    m.tokenizer,
+    tokenizer_json,
+    read_texts(phases[-1].config if phases else None),
   )
 
   # The folder is made beside its place, and moved there when it is right.
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     facts=facts | {"tokenizer": describe(m.tokenizer, tokenizer_json)},
     mask=m.tokenizer.tokens([vocab.mask])[0],
     notes=notes,
-    **run,
+    phases=phases,
   )
   parent = os.path.dirname(os.path.abspath(out))
   try:
@@ -121,31 +124,36 @@ def main(argv: list[str] | None = None) -> None:
   )
 
 
-def read_run(folder: str) -> dict[str, Any]:
-  """Returns what a workdir knows of its run: config, manifest, metrics.
+def read_phases(folder: str) -> list[model_card.Phase]:
+  """Returns what a workdir knows of its run, and of those that it went on from.
 
-  Of a Hugging Face folder that is nothing; the manifest is None where the store
-  has gone. With it comes the chain of the runs that it went on from.
+  Of a Hugging Face folder that is nothing. The store and the metrics of a phase
+  may have gone.
   """
-  from flaxmlm.interop import huggingface
+  from flaxmlm.interop import huggingface, model_card
   from flaxmlm.training import chain, metrics
 
   if huggingface.is_folder(folder):
-    return {"config": None, "chain": [], "manifest": None, "metrics": []}
-  with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-    found = json.load(file)
-  store = found["data"]["store"] or os.path.join(folder, "store")
-  path, manifest = os.path.join(store, "manifest.json"), None
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      manifest = json.load(file)
-  lines = metrics.read(os.path.join(folder, "metrics.jsonl"))
-  return {
-    "config": found,
-    "chain": chain.read_chain(folder),
-    "manifest": manifest,
-    "metrics": lines,
-  }
+    return []
+  phases = []
+  for phase in chain.read_chain(folder):
+    c = config.check_keys(config.to_flat(phase.config), where=phase.workdir)
+    store = c.data.store or os.path.join(phase.workdir, "store")
+    path, manifest = os.path.join(store, "manifest.json"), None
+    if os.path.exists(path):
+      with open(path, encoding="utf-8") as file:
+        manifest = json.load(file)
+    lines = metrics.read(os.path.join(phase.workdir, "metrics.jsonl"))
+    phases.append(
+      model_card.Phase(
+        config=c.to_dict(),
+        first_step=phase.first_step,
+        last_step=phase.last_step,
+        manifest=manifest,
+        metrics=[x for x in lines if x["step"] <= phase.last_step],
+      )
+    )
+  return phases
 
 
 def check_tokenizer(

@@ -132,13 +132,7 @@ def prepare_store(
   from flaxmlm import tokenizers
   from flaxmlm.data import store
 
-  given = None
-  if config.tokenizer.path is not None:
-    given = tokenizers.load(
-      config.tokenizer.path,
-      lowercase=config.tokenizer.lowercase or None,
-      words="jieba" if config.tokenizer.words == "jieba" else None,
-    )
+  given = load_tokenizer(config)
   spec = store_spec(config, given)
   partial = out.rstrip(os.sep) + ".partial"
   if os.path.exists(os.path.join(out, store.MANIFEST)):
@@ -203,6 +197,19 @@ def prepare_store(
     shutil.rmtree(partial, ignore_errors=True)
     finished("store")
   return store.open_store(out)
+
+
+def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
+  """Returns the tokenizer of `tokenizer.path`; None if one is to be trained."""
+  from flaxmlm import tokenizers
+
+  if config.tokenizer.path is None:
+    return None
+  return tokenizers.load(
+    config.tokenizer.path,
+    lowercase=config.tokenizer.lowercase or None,
+    words="jieba" if config.tokenizer.words == "jieba" else None,
+  )
 
 
 def train_tokenizer(config: ConfigDict) -> Tokenizer:

@@ -34,8 +34,10 @@ def main(argv: list[str] | None = None) -> None:
   args, c = config.parse(config.parser(__doc__), argv)
   workdir = os.path.abspath(args.workdir)
   lock = claim_workdir(workdir, c)
+  held = None
   if c.train.continue_from is not None and newest_step(workdir) is None:
-    check_stopped(c.train.continue_from)
+    held = hold_run(c.train.continue_from)
+    check_tokenizer(c)
 
   # Text to token store, before JAX takes threads and memory.
   store, plans, validation = open_data(c, workdir)
@@ -83,8 +85,6 @@ def main(argv: list[str] | None = None) -> None:
   begun = chain.newest_step(workdir) is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
   if not begun:
-    if run is not None:
-      check_tokenizer(run, store)
     chain.write_chain(workdir, [*before, phase])
 
   # The parts.
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
   if state is not None:
     print(f"going on after step {int(state.step):,} of {c.train.steps:,}")
   elif run is not None:
-    state = continue_from(run, shapes, mesh, print)
+    state = continue_from(run, shapes, mesh, print, step=phase.first_step)
   else:
     state = init(init_key)
     if c.model.init_from is not None:
@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
       )
       placed = jax.device_put(given, state_sharding.params)
       state = state._replace(params=placed)
+  if held is not None:
+    held.close()
   first_guesses = []
   if not begun:
     first_guesses = guesses(state.params)
@@ -291,8 +293,8 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
     lock = lock_file(os.path.join(workdir, "lock"))
   except BlockingIOError as error:
     raise InputError(
-      f"{workdir}: another process trains there; wait for it, or take another"
-      " --workdir"
+      f"{workdir}: another process trains there, or begins to go on from it;"
+      " wait for it, or take another --workdir"
     ) from error
   except OSError as error:
     raise InputError(f"--workdir={workdir}: {error.strerror}") from error
@@ -340,30 +342,57 @@ def claim_store(workdir: str, store: TokenStore) -> None:
   write_text(path, json.dumps({"manifest_sha256": store.hash}) + "\n")
 
 
-def check_stopped(run: str) -> None:
-  """Raises InputError if a process still trains in a run's workdir."""
+def hold_run(run: str) -> IO[bytes] | None:
+  """Keeps a run as it is until its state has been read.
+
+  Returns:
+    An open file that holds a lock on the run's workdir: until it is closed,
+    nobody can train there, but others may hold it too. None where there are no
+    locks: in a copy without the file, on a file system that knows none.
+
+  Raises:
+    InputError: A process trains there.
+  """
   try:
-    with open(os.path.join(run, "lock"), "rb") as lock:
-      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    lock = open(os.path.join(run, "lock"), "rb")  # noqa: SIM115
+  except OSError:
+    return None
+  try:
+    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except BlockingIOError as error:
+    lock.close()
     raise InputError(
       f"train.continue_from={run}: a process still trains there; stop it first"
     ) from error
   except OSError:
-    return  # a copy without its lock, or a file system that knows none
+    lock.close()
+    return None
+  return lock
 
 
-def check_tokenizer(run: str, store: TokenStore) -> None:
-  """Raises InputError if a store isn't of the tokenizer of a run."""
-  from flaxmlm import tokenizers
+def check_tokenizer(c: ConfigDict) -> None:
+  """Raises InputError if the text isn't to be of the tokenizer of a run.
 
-  theirs = tokenizers.load(os.path.join(run, "tokenizer")).fingerprint
-  if store.manifest["tokenizer"] != theirs:
+  The run is `train.continue_from`. A store that is still to be made gets the
+  tokenizer of `tokenizer.path`.
+  """
+  from flaxmlm import prepare, tokenizers
+  from flaxmlm.data.store import open_store
+
+  run = c.train.continue_from
+  theirs = os.path.join(run, "tokenizer")
+  if c.data.store is not None:
+    ours = open_store(c.data.store).manifest["tokenizer"]
+    where = f"{c.data.store} was made with"
+    instead = f"make a store with tokenizer.path={theirs}"
+  else:
+    ours = prepare.load_tokenizer(c).fingerprint
+    where = f"tokenizer.path={c.tokenizer.path} is"
+    instead = "leave the key out"
+  if ours != tokenizers.load(theirs).fingerprint:
     raise InputError(
-      f"{store.folder} was made with another tokenizer than"
-      f" train.continue_from={run}; make a store with"
-      f" tokenizer.path={os.path.join(run, 'tokenizer')}, or take the"
-      " parameters alone by model.init_from"
+      f"{where} another tokenizer than that of train.continue_from={run};"
+      f" {instead}, or take the parameters alone by model.init_from"
     )
 
 

@@ -1,7 +1,10 @@
-"""Eight emulated CPU devices, and where the real data is."""
+"""Eight emulated CPU devices, the real data, and what several files use."""
 
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,9 +14,50 @@ os.environ.setdefault(
   str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
 )
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def environment() -> dict[str, str]:
+  """One CPU device, as people have it."""
+  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def program(name: str, *args: str, code: int = 0, **kwargs) -> str:
+  """Runs a program; returns what it printed."""
+  done = subprocess.run(
+    [sys.executable, "-m", f"flaxmlm.{name}", *args],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    **kwargs,
+  )
+  assert done.returncode == code, done.stdout + done.stderr
+  return done.stdout if code == 0 else done.stderr
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+  """Returns the objects of a file of JSON lines."""
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def random_params(options, *, vocab_size: int, seed: int = 0):
+  """Parameters of a model, biases and norms random too."""
+  # Not above: what is imported before the tests isn't type-checked in them.
+  import jax
+
+  from flaxmlm import models
+
+  model = models.build(options, vocab_size=vocab_size, dtype="float32")
+  random = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: x + random.normal(0, 0.2, x.shape).astype(np.float32),
+    model.init(jax.random.key(seed)),
+  )
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from flaxmlm import InputError, config
+from flaxmlm.interop import families
 
 
 def load(*overrides: str, path=None):
@@ -146,6 +147,38 @@ def test_every_config_in_the_repository_is_valid(name):
   if name.endswith(".py"):
     c = config.load(str(ROOT / "configs" / name))
     config.validate(c, devices=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "kind", "published"),
+  [
+    (
+      "roberta_base",
+      "RobertaConfig",
+      # What roberta-base's config.json has otherwise than the class.
+      {
+        "max_position_embeddings": 514,
+        "layer_norm_eps": 1e-5,
+        "type_vocab_size": 1,
+      },
+    ),
+    ("modernbert_base", "ModernBertConfig", {}),
+  ],
+)
+def test_the_architectures_are_the_published_ones(name, kind, published):
+  transformers = pytest.importorskip("transformers")
+  theirs = getattr(transformers, kind)(**published)
+  c = config.load(str(ROOT / "configs" / f"{name}.py"))
+  want = families.read_config(theirs.to_dict(), kind)[1]
+  got = {key: c.model[key] for key in want}
+  # Both mean the family's own number.
+  got["segment_types"] = got["segment_types"] or want["segment_types"]
+  dropouts = {"dropout", "attention_dropout"}
+  assert {k: v for k, v in got.items() if k not in dropouts} == {
+    k: v for k, v in want.items() if k not in dropouts
+  }
+  assert c.tokenizer.vocab_size == theirs.vocab_size
 
 
 def test_docs_are_what_the_code_says():

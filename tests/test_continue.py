@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_programs import environment, lines, program
+from conftest import ROOT, environment, lines, program, random_params
 
 import flaxmlm
-from flaxmlm import InputError, config, models, train
+from flaxmlm import InputError, config, models, tokenizers, train
 from flaxmlm.data import batches, rows
 from flaxmlm.data.store import open_store
 from flaxmlm.inference import starting, tiling
 from flaxmlm.models import Inputs
-from flaxmlm.training import chain
+from flaxmlm.training import chain, optimizers, sharding
+from flaxmlm.training.step import make_init, state_shapes
 
 TINY = """
 from flaxmlm.config import defaults
@@ -270,6 +270,80 @@ def test_another_batch_size_goes_on_in_the_same_order(run):
   np.testing.assert_array_equal(got.ids, want.ids[:8])
 
 
+def test_an_order_goes_on_over_a_phase_with_another(tmp_path):
+  def phase(name, steps, before=None, **changes):
+    c = config.defaults()
+    c.train.continue_from = before and str(tmp_path / before)
+    c.data.row_length = changes.get("row_length", 32)
+    c.train.batch_size = changes.get("batch_size", 4)
+    workdir = tmp_path / name
+    (workdir / "checkpoints").mkdir(parents=True)
+    found = chain.find_chain(str(workdir), c.to_dict(), "store")
+    chain.write_chain(str(workdir), found)
+    (workdir / "checkpoints" / str(steps)).mkdir()
+    return chain.read_chain(str(workdir))[-1]
+
+  short = [phase("first", 10), phase("second", 13, "first", batch_size=8)]
+  assert phase("third", 15, "second", row_length=64).first_row == 0
+  short.append(phase("fourth", 20, "third", batch_size=3))
+  uses = [
+    phase.row_offset + step * phase.config["train"]["batch_size"] + row
+    for phase in short
+    for step in range(phase.first_step, phase.last_step)
+    for row in range(phase.config["train"]["batch_size"])
+  ]
+  assert uses == list(range(10 * 4 + 3 * 8 + 5 * 3))
+
+
+def write_run(folder, **changes):
+  """Files of a run of nine steps; a change of None leaves one out."""
+  files = {
+    "config.json": config.defaults().to_dict(),
+    "store.json": {"manifest_sha256": "abc"},
+    **{f"{name}.json": value for name, value in changes.items()},
+  }
+  (folder / "checkpoints" / "9").mkdir(parents=True)
+  for name, value in files.items():
+    if value is not None:
+      (folder / name).write_text(json.dumps(value))
+
+
+def test_a_run_of_before_stores_were_noted_goes_on_in_a_new_order(tmp_path):
+  write_run(tmp_path, store=None)
+  [phase] = chain.read_chain(str(tmp_path))
+  assert phase.store is None and phase.last_step == 9
+  c = config.defaults()
+  c.train.continue_from = str(tmp_path)
+  found = chain.find_chain("nowhere", c.to_dict(), "abc")
+  assert (found[-1].first_step, found[-1].first_row) == (9, 0)
+
+
+def test_a_run_of_before_a_key_was_there_is_a_phase(tmp_path):
+  values = config.defaults().to_dict()
+  del values["data"]["weights"], values["optimizer"], values["objective"]
+  write_run(tmp_path, config=values)
+  [phase] = chain.read_chain(str(tmp_path))
+  assert phase.tokens == 9 * 256 * 128 and phase.order
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"config": None},
+    {"config": {"train": {"steps": 3}}},
+    {"store": {}},
+    {"chain": []},
+    {"chain": [{"workdir": "x"}]},
+    {"chain": {"workdir": "x"}},
+  ],
+)
+def test_a_run_whose_files_are_broken_is_named(tmp_path, changes):
+  write_run(tmp_path, **changes)
+  with pytest.raises(InputError, match="isn't what a run writes") as error:
+    chain.read_chain(str(tmp_path))
+  assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
   ("overrides", "words"),
   [
@@ -304,7 +378,63 @@ def test_a_run_that_still_trains_is_refused(run):
   with open(run / "lock", "wb") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="a process still trains there"):
-      train.check_stopped(str(run))
+      train.hold_run(str(run))
+
+
+@pytest.mark.slow
+def test_a_run_doesnt_train_while_a_phase_begins(folder, run):
+  copy = folder / "held"
+  shutil.copytree(run, copy)
+  with train.hold_run(str(copy)), train.hold_run(str(copy)):
+    error = program("train", f"--workdir={copy}", code=2)
+  assert "or begins to go on from it" in error
+  assert "report: " in program("train", f"--workdir={copy}")
+
+
+@pytest.mark.slow
+def test_a_phase_lets_the_run_go_once_it_has_begun(folder, run):
+  workdir = folder / "begun"
+  line = [
+    *(sys.executable, "-m", "flaxmlm.train", f"--workdir={workdir}"),
+    f"--config.train.continue_from={run}",
+    "--config.train.steps=20000",
+    "--config.log.every=1",
+  ]
+  process = subprocess.Popen(
+    line,
+    cwd=ROOT,
+    env=environment() | {"PYTHONUNBUFFERED": "1"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  held = []
+  try:
+    for line in process.stdout:
+      with open(run / "lock", "rb") as lock:
+        try:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          held.append(False)
+        except BlockingIOError:
+          held.append(True)
+      if line.startswith("step 12/"):
+        break
+  finally:
+    process.kill()
+    process.wait()
+  assert held[0] and not held[-1]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_gone_on_is_noticed(run):
+  c = config.from_json(str(run / "config.json"))
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  model = models.build(c.model, vocab_size=300, dtype="float32")
+  optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
+  shapes = state_shapes(*make_init(model, optimizer, mesh))
+  state = starting.continue_from(str(run), shapes, mesh, print, step=12)
+  assert int(state.step) == 12
+  with pytest.raises(InputError, match="of step 12, not 10 any more"):
+    starting.continue_from(str(run), shapes, mesh, print, step=10)
 
 
 @pytest.mark.slow
@@ -319,6 +449,31 @@ def test_a_store_of_another_tokenizer_is_refused(folder, file, run):
     code=2,
   )
   assert "was made with another tokenizer" in error
+
+
+@pytest.mark.slow
+def test_another_tokenizer_is_refused_before_a_store_is_made(folder, run):
+  # The file that the run's tokenizer was taken from is another one by now.
+  texts = [(folder / "docs.txt").read_text()]
+  other = tokenizers.train(texts, kind="bpe", vocab_size=300)
+  other.save(str(folder / "tokenizer"))
+  copy = folder / "with_path"
+  shutil.copytree(run, copy)
+  c = config.from_json(str(copy / "config.json"))
+  c.tokenizer.path = str(folder / "tokenizer")
+  (copy / "config.json").write_text(config.to_json(c))
+  workdir = folder / "refused_early"
+  error = fit(
+    f"train.continue_from={copy}",
+    f"tokenizer.path={folder}/tokenizer",
+    "data.cleaning.min_chars=20",
+    "train.steps=13",
+    workdir=workdir,
+    code=2,
+  )
+  assert "is another tokenizer than that of train.continue_from" in error
+  assert "leave the key out" in error
+  assert not list(workdir.glob("store*"))
 
 
 @pytest.mark.slow
@@ -352,6 +507,45 @@ def test_load_takes_a_run_of_before_a_key_was_there(folder, run):
   assert_same(old, run)
 
 
+@pytest.mark.slow
+def test_the_card_of_an_export_names_each_phase(folder, run):
+  text = folder / "numbers.txt"
+  text.write_text("".join(f"A line with the number {i}.\n" for i in range(400)))
+  workdir = folder / "numbers"
+  fit(
+    f"train.continue_from={run}",
+    f"data.source={text}",
+    "data.document=line",
+    "objective.rate=0.3",
+    "train.batch_size=8",
+    "train.steps=14",
+    workdir=workdir,
+  )
+  out = folder / "exported"
+  program(
+    "export", f"--workdir={workdir}", "--format=huggingface", f"--out={out}"
+  )
+  card = (out / "README.md").read_text()
+  first, second = card.split("## Data of phase 1")[1].split("of phase 2", 1)
+  for part, where, source, rate, steps in (
+    (first, run, "docs.txt", 0.15, "12 of 16 rows of 32 tokens, 6,144 tokens"),
+    (second, workdir, "numbers.txt", 0.3, "2 of 8 rows of 32 tokens, 512 to"),
+  ):
+    manifest = json.loads((where / "store" / "manifest.json").read_text())
+    last = [x for x in lines(where / "metrics.jsonl") if "eval/loss" in x][-1]
+    for want in (
+      source,
+      f" rate={rate} |",
+      f"| steps | {steps}",
+      f"| tokens | {manifest['splits']['train']['tokens']:,} for training",
+      f"after step {last['step']}.",
+      f" {last['eval/loss']:.4g} |",
+      f" {last['eval/unigram_entropy']:.4g} |",
+    ):
+      assert want in part, want
+  assert "count on from 12" in second and "numbers.txt" not in first
+
+
 # A longer table of positions.
 
 
@@ -381,13 +575,8 @@ def build(options):
   return models.build(options, vocab_size=V, dtype="float32")
 
 
-def random_params(options, seed=0):
-  """Parameters of unit scale, biases and norms included."""
-  params = jax.jit(build(options).init)(jax.random.key(seed))
-  random = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda x: x + random.normal(0, 0.2, x.shape).astype(np.float32), params
-  )
+def small_params(options, seed=0):
+  return random_params(options, vocab_size=V, seed=seed)
 
 
 def logits(options, params):
@@ -419,11 +608,37 @@ def family_options(family):
 def test_a_model_of_a_multiple_of_the_width_computes_the_same(family, times):
   old = family_options(family)
   new = old | {name: times * old[name] for name in ("width", "heads", "ffn")}
-  small = random_params(old)
-  large = tiling.tile(small, random_params(new), old=old, new=new, seed=0)
+  small = small_params(old)
+  large = tiling.tile(small, small_params(new), old=old, new=new, seed=0)
   want = logits(old, small)
   assert want.std() > 0.3
   np.testing.assert_allclose(logits(new, large), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.slow
+def test_a_deeper_albert_is_its_layers_unrolled_and_tiled(groups):
+  old = family_options("albert")
+  old |= {"num_hidden_groups": groups}
+  new = old | {"layers": 4}
+  small = small_params(old)
+  deeper = tiling.tile(small, small_params(new), old=old, new=new, seed=0)
+  # The same with parameters of their own for each layer, as BERT's have.
+  own = old | {"num_hidden_groups": 2}, new | {"num_hidden_groups": 4}
+  encoder = dict(small["encoder"])
+  for layer in range(2):
+    source = layer % groups
+    encoder[f"layer_{layer}"] = small["encoder"][f"layer_{source}"]
+  unrolled = tiling.tile(
+    small | {"encoder": encoder},
+    small_params(own[1]),
+    old=own[0] | {"family": "bert"},
+    new=own[1] | {"family": "bert"},
+    seed=0,
+  )
+  want = logits(own[1], unrolled)
+  assert np.abs(want - logits(new, small)).max() > 0.1
+  np.testing.assert_allclose(logits(new, deeper), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -432,7 +647,7 @@ def test_no_copy_has_the_gradient_of_the_original(family):
   old = family_options(family)
   new = old | {name: 2 * old[name] for name in ("width", "heads", "ffn")}
   large = tiling.tile(
-    random_params(old), random_params(new), old=old, new=new, seed=0
+    small_params(old), small_params(new), old=old, new=new, seed=0
   )
 
   def loss(params):
@@ -456,8 +671,8 @@ def test_no_copy_has_the_gradient_of_the_original(family):
 def test_each_axis_is_centred_and_wraps_around():
   old = family_options("modernbert")
   new = old | {"layers": 5, "width": 30, "heads": 5, "ffn": 33}
-  small = random_params(old)
-  fresh = random_params(new)
+  small = small_params(old)
+  fresh = small_params(new)
   large = tiling.tile(small, fresh, old=old, new=new, seed=0)
   table = np.asarray(small["encoder"]["embeddings"]["word"]["embedding"])
   wide = np.asarray(large["encoder"]["embeddings"]["word"]["embedding"])

@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import subprocess
 import sys
 
 import jax
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as tokenizers_library
-from conftest import ROOT
+from conftest import ROOT, program
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from test_published import write_vocab_txt
 
 from flaxmlm import InputError, config, export, load, models, tokenizers
-from flaxmlm.inference import exporting
+from flaxmlm.inference import exporting, starting
 from flaxmlm.inference.loading import LoadedModel
 from flaxmlm.interop import families
 from flaxmlm.tokenizers import sentence_piece, trials
@@ -307,6 +307,38 @@ def test_bfloat16_runs_are_compared_in_float32(unigram, tmp_path):
   assert exporting.check_logits(m, written(m, tmp_path / "x"), rows) == 0
 
 
+def wordpieces(folder, *tokens: str):
+  folder.mkdir()
+  names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tokens]
+  return tokenizers.load(write_vocab_txt(folder, names))
+
+
+def test_another_vocabulary_is_counted_as_it_is_mapped(tmp_path):
+  old = wordpieces(tmp_path / "old", "the", "sing", "##song", "x")
+  new = wordpieces(
+    tmp_path / "new", "x", "The", "the", "singsong", "##song", "☃", "Б"
+  )
+  m = build("bert", old)
+  table = np.asarray(m.params["encoder"]["embeddings"]["word"]["embedding"])
+  said = []
+  mapped = starting.start_from(
+    written(m, tmp_path / "x"),
+    new,
+    m.params,
+    said.append,
+    options=m.config["model"],
+    seed=0,
+  )
+  got = np.asarray(mapped["encoder"]["embeddings"]["word"]["embedding"])
+  the, sing, song, x = table[5:]
+  every = table.mean(axis=0)
+  want = [*table[:5], x, the, the, (sing + song) / 2, song, every, every]
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+  # Five special tokens, x, the, ##song; The; singsong; what is unknown.
+  assert "of 12 tokens; 8 keep their rows, 1 copy that of another" in said[0]
+  assert "1 are means of their pieces, 2 are unknown there" in said[0]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, texts):
   """A folder with a short run and what was exported of it."""
@@ -316,25 +348,20 @@ def run(tmp_path_factory, texts):
 def make_run(folder, texts, kind):
   source = folder / "text.txt"
   source.write_text("\n".join(texts), encoding="utf-8")
-  subprocess.run(
-    [
-      *(sys.executable, "-m", "flaxmlm.train"),
-      f"--config={ROOT}/configs/quickstart.py",
-      f"--workdir={folder}/run",
-      f"--config.data.source={source}",
-      "--config.data.document=line",
-      f"--config.tokenizer.kind={kind}",
-      "--config.model.layers=2",
-      "--config.model.width=32",
-      "--config.train.steps=4",
-      "--config.optimizer.warmup_steps=1",
-      "--config.checkpoint.every=4",
-      "--config.eval.every=2",
-      "--config.eval.rows=32",
-    ],
-    cwd=ROOT,
-    check=True,
-    capture_output=True,
+  program(
+    "train",
+    f"--config={ROOT}/configs/quickstart.py",
+    f"--workdir={folder}/run",
+    f"--config.data.source={source}",
+    "--config.data.document=line",
+    f"--config.tokenizer.kind={kind}",
+    "--config.model.layers=2",
+    "--config.model.width=32",
+    "--config.train.steps=4",
+    "--config.optimizer.warmup_steps=1",
+    "--config.checkpoint.every=4",
+    "--config.eval.every=2",
+    "--config.eval.rows=32",
   )
   export.main(
     [f"--workdir={folder}/run", "--format=huggingface", f"--out={folder}/out"]
@@ -416,6 +443,64 @@ def test_a_folder_without_a_tokenizer_is_refused(run, tmp_path):
     export.main(
       [f"--workdir={folder}", "--format=huggingface", f"--out={tmp_path}/new"]
     )
+
+
+@pytest.mark.slow
+def test_evaluate_finds_in_the_folder_what_it_finds_in_the_run(run, tmp_path):
+  (tmp_path / "other.txt").write_text("\n".join(trials.CHINESE + ODD[40:60]))
+  found = {}
+  for name, keys in {
+    "run": [],
+    # What a run knows of how it was trained, and a folder doesn't.
+    "out": ["data.row_length=64", "data.document=line", "objective.rate=0.2"],
+  }.items():
+    path = tmp_path / f"{name}.json"
+    program(
+      "evaluate",
+      *(f"--workdir={run}/{name}", f"--source={tmp_path}/other.txt"),
+      *(f"--json={path}", *(f"--config.{key}" for key in keys)),
+    )
+    found[name] = json.loads(path.read_text())
+  ours, theirs = found["run"], found["out"]
+  assert ours.pop("step") == 4 and ours["eval/targets"] > 50
+  # The folder doesn't know the frequencies of the tokens it was trained on.
+  ours.pop("eval/unigram_entropy"), theirs.pop("eval/unigram_entropy")
+  assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_fill_mask_answers_from_the_folder_as_from_the_run(run):
+  ours, theirs = (
+    program("fill_mask", f"--workdir={run}/{name}", *PROMPTS)
+    for name in ("run", "out")
+  )
+  assert theirs == ours
+
+
+@pytest.mark.parametrize(
+  ("name", "args", "message"),
+  [
+    ("evaluate", ["--config.data.row_length=64"], "name a text by --source"),
+    ("evaluate", ["--source=none.txt"], "data.row_length=128 is longer"),
+    (
+      "evaluate",
+      ["--source=x", "--config=configs/quickstart.py"],
+      "has 2; leave the key out",
+    ),
+    ("preview", [], "is a Hugging Face folder, and no run is there"),
+    (
+      "train",
+      ["--config=configs/quickstart.py"],
+      "is a Hugging Face folder, and no run is there",
+    ),
+  ],
+)
+@pytest.mark.slow
+def test_what_a_folder_isnt_for_is_said_in_a_line(run, name, args, message):
+  before = sorted((run / "out").iterdir())
+  error = program(name, f"--workdir={run}/out", *args, code=2)
+  assert message in error and len(error.splitlines()) == 1
+  assert sorted((run / "out").iterdir()) == before
 
 
 def test_a_line_that_differs_stops_the_export(tmp_path):

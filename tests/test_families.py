@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import random_params
 
 from flaxmlm import config, models
 from flaxmlm.models import MODELS, Inputs
@@ -32,11 +33,7 @@ def encode(request):
   """A family's hidden states; the same random parameters each time."""
   options = OPTIONS | {"family": request.param} | OWN.get(request.param, {})
   model = models.build(options, vocab_size=V, dtype="float32")
-  random = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda s: random.normal(0, 0.3, s.shape).astype(np.float32),
-    jax.eval_shape(model.init, jax.random.key(0)),
-  )
+  params = random_params(options, vocab_size=V)
   run = jax.jit(lambda inputs: model.encode(params, inputs, None))
   return lambda inputs: np.asarray(run(inputs))
 

@@ -6,9 +6,9 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
+from conftest import random_params
 
 from flaxmlm import InputError, config, load
 from flaxmlm.interop import families, huggingface
@@ -31,14 +31,7 @@ IDS = np.arange(20, dtype=np.int32).reshape(2, 10)
 @pytest.fixture
 def folder(tmp_path):
   """A folder of a small BERT, and its parameters."""
-  from flaxmlm import models
-
-  model = models.build(OPTIONS, vocab_size=50, dtype="float32")
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  random = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda s: random.normal(size=s.shape).astype(np.float32), shapes
-  )
+  params = random_params(OPTIONS, vocab_size=50)
   ids = {"pad": 0, "cls": 1, "sep": 2}
   written = families.write_config(OPTIONS, vocab_size=50, ids=ids)
   huggingface.save(str(tmp_path), params, written, OPTIONS)

@@ -796,6 +796,14 @@ def test_saving_leaves_no_temporary_files(tmp_path):
   ]
 
 
+@pytest.mark.parametrize("kind", TRAINED)
+def test_one_that_lower_cases_is_the_same_when_asked_to(kind, tmp_path):
+  made = trained(kind, lowercase=True)
+  made.save(str(tmp_path))
+  asked = flax_tokenizers.load(str(tmp_path), lowercase=True)
+  assert asked.fingerprint == made.fingerprint
+
+
 def test_vocab_txt_is_lowercased_as_it_looks_or_as_told(tmp_path):
   name = "bert-base-cased-vocab.txt"
   cased, lower = load(name), load(name, lowercase=True)

@@ -46,7 +46,7 @@ def start_from(
 
   Where the vocabularies differ, the row of a token that both have is kept; a
   new token gets the mean of the rows of the pieces that the folder's tokenizer
-  makes of its text, or of all rows if it makes none. A longer table of
+  makes of its text, or of all rows if it knows nothing of it. A longer table of
   positions repeats the folder's. A larger model is tiled: see `tiling`.
 
   Args:
@@ -78,12 +78,15 @@ def start_from(
       )
     say(f"{folder}: has no tokenizer; each id keeps its row")
   else:
-    rows = _rows(m, tokenizer)
+    rows, kept = _rows(m, tokenizer)
   if rows is not None:
-    shared = sum(len(row) == 1 for row in rows)
+    pieces = [min(len(row), 2) for row in rows]
+    unknown, single, several = (pieces.count(n) for n in range(3))
     say(
-      f"{folder}: another vocabulary; {shared:,} of {len(rows):,} tokens keep a"
-      f" row as it is, {len(rows) - shared:,} are means of their pieces"
+      f"{folder}: another vocabulary, of {len(rows):,} tokens; {kept:,} keep"
+      f" their rows, {single - kept:,} copy that of another token, {several:,}"
+      f" are means of their pieces, {unknown:,} are unknown there and begin as"
+      " the mean of all"
     )
 
   def fit(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -97,21 +100,32 @@ def start_from(
 
   params = jax.tree_util.tree_map_with_path(fit, params)
   params = _with_positions(params, m.config["model"], options, folder, say)
-  if any(options[name] != m.config["model"][name] for name in _DIMENSIONS):
-    old = m.config["model"]
+  old = m.config["model"]
+  changed = [name for name in _DIMENSIONS if options[name] != old[name]]
+  if changed:
     params = tile(params, fresh, old=old, new=options, seed=seed)
-    changes = ", ".join(
-      f"{name} {old[name]} -> {options[name]}" for name in _DIMENSIONS
+  if "layers" in changed and options["family"] == "albert":
+    changed.remove("layers")
+    say(
+      f"{folder}: the parameters that {old['layers']} layers share serve"
+      f" {options['layers']}; what each adds is divided by as much"
     )
+  if changed:
+    changes = [f"{name} {old[name]} -> {options[name]}" for name in changed]
     say(
       f"{folder}: {count_parameters(m.params):,} parameters are tiled into"
-      f" {count_parameters(params):,} ({changes})"
+      f" {count_parameters(params):,} ({', '.join(changes)})"
     )
   return fresh | params
 
 
 def continue_from(
-  run: str, shapes: State, mesh: Mesh, say: Callable[[str], None]
+  run: str,
+  shapes: State,
+  mesh: Mesh,
+  say: Callable[[str], None],
+  *,
+  step: int,
 ) -> State:
   """Returns the newest state of a run: parameters, optimizer state and step.
 
@@ -121,9 +135,11 @@ def continue_from(
       have more positions than the run's.
     mesh: Where the state is to be.
     say: Is told what was done.
+    step: What the state is to be the state after.
 
   Raises:
-    InputError: The run has saved nothing, or its arrays are of other shapes.
+    InputError: The run has saved nothing, has gone on since `step`, or its
+      arrays are of other shapes.
   """
   config = from_json(os.path.join(run, "config.json"))
   V = shapes.params["encoder"]["embeddings"]["word"]["embedding"].shape[0]
@@ -132,6 +148,11 @@ def continue_from(
   theirs = state_shapes(*make_init(model, optimizer, mesh))
   directory = os.path.abspath(os.path.join(run, "checkpoints"))
   state = checkpoints.restore_other(directory, theirs)
+  if int(state.step) != step:
+    raise InputError(
+      f"{run}: its newest state is that of step {int(state.step):,}, not"
+      f" {step:,} any more; stop it, and start this run again"
+    )
   # The leaves alone: an optimizer without clipping is a level less deep.
   old = jax.tree_util.tree_flatten_with_path(state)[0]
   new, structure = jax.tree.flatten(shapes)
@@ -200,36 +221,53 @@ def _with_positions(
   return params | {"encoder": encoder}
 
 
-def _rows(m: LoadedModel, new: Tokenizer) -> list[list[int]] | None:
+def _rows(m: LoadedModel, new: Tokenizer) -> tuple[list[list[int]] | None, int]:
   """Returns for each new token the old ones it is made of; None if all are so.
 
   Special tokens are matched by what they are for, others by name where both
   tokenizers are of one style, else by their text.
+
+  Returns:
+    The rows; and how many tokens both have. Another one may be made of a single
+    old token too, "The" of "the" where the old tokenizer lower-cases.
   """
   old = m.tokenizer
   size = new.vocab.size
   names = new.tokens(range(size))
   known = {name: i for i, name in enumerate(old.tokens(range(old.vocab.size)))}
   if m.vocab_size == size and names == list(known):
-    return None
+    return None, size
   alike = old.style == new.style
   special = {
     getattr(new.vocab, role): getattr(old.vocab, role)
     for role in ("pad", "unk", "cls", "sep", "mask")
   }
-  rows = []
+  rows, kept = [], 0
   for token, name in enumerate(names):
     if token in special:
       rows.append([special[token]])
+      kept += 1
     elif alike and name in known:
       rows.append([known[name]])
+      kept += 1
     else:
-      rows.append(_made_of(old, new.decode([token]), name, new.style))
-  return rows
+      row = _made_of(old, new.decode([token]), name, new.style)
+      rows.append(row)
+      if not alike and len(row) == 1:
+        kept += _text(old, row[0]) == _text(new, token)
+  return rows, kept
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
+  """Returns a token without the marks of its tokenizer's style."""
+  return tokenizer.decode([token]).strip().removeprefix("##")
 
 
 def _made_of(old: Tokenizer, text: str, name: str, style: str) -> list[int]:
   """Returns the old ids of a new token, within a word if it goes on in one.
+
+  What is unknown to the old tokenizer is left out, and so are the marks of
+  spaces beside it.
 
   Args:
     old: The folder's tokenizer.
@@ -241,7 +279,11 @@ def _made_of(old: Tokenizer, text: str, name: str, style: str) -> list[int]:
     goes_on, text = name.startswith("##"), text.strip().removeprefix("##")
   else:
     goes_on = not name.startswith("▁" if style == "▁" else "Ġ")
-  if not goes_on:
-    return old.encode(text).tolist()
-  # Behind a mask that no space follows, a word goes on.
-  return old.encode(f"[MASK]{text}").tolist()[1:]
+  if goes_on:
+    # Behind a mask that no space follows, a word goes on.
+    ids = old.encode(f"[MASK]{text}").tolist()[1:]
+  else:
+    ids = old.encode(text).tolist()
+  if old.vocab.unk not in ids:
+    return ids
+  return [i for i in ids if i != old.vocab.unk and _text(old, i)]

@@ -5,6 +5,7 @@ small axis stands in the centre, and what is before and after it wraps around,
 as ModernBERT-large was begun from base (Warner et al., 2024). Heads are kept
 whole. Layers are repeated in place (0 0 1 1 2 2), as in Gopher (Rae et al.,
 2021), those that see everything and those with a window each among themselves.
+ALBERT's are one set of parameters, used more often.
 
 What such copies lack is scale: a sum over an axis that is twice as long is
 twice as large. So the weights of inputs that are copies of one another share
@@ -95,7 +96,7 @@ def tile(
     "E": centered(*E),
   }
   layer = _layer_index(_layers(params), _layers(fresh), old, new)
-  repeats = np.bincount(layer)[layer]
+  repeats = np.bincount(layer)[layer] * _uses(new) / _uses(old)
 
   def fill(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     name = _name(path)
@@ -166,6 +167,15 @@ def _layer_index(
     if len(given):
       index[wanted] = given[np.arange(len(wanted)) * len(given) // len(wanted)]
   return index
+
+
+def _uses(options: Mapping[str, Any]) -> np.ndarray | float:
+  """Returns how often each layer with parameters is used."""
+  if options["family"] != "albert":
+    return 1.0
+  layers, groups = options["layers"], options["num_hidden_groups"]
+  group = (np.arange(layers) / (layers / groups)).astype(int)
+  return np.repeat(np.bincount(group), options["inner_group_num"])
 
 
 def _layers(params: Params) -> int:

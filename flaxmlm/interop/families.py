@@ -7,6 +7,7 @@ one entry in `FAMILIES`. Nothing here imports JAX: a config is read before.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -287,6 +288,18 @@ _ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
 }
+
+
+def is_folder(path: str) -> bool:
+  """Says whether a folder's config.json is one of Hugging Face's."""
+  config = os.path.join(path, CONFIG)
+  if not os.path.isfile(config):
+    return False
+  with open(config, encoding="utf-8") as file:
+    try:
+      return "model_type" in json.load(file)
+    except ValueError:
+      return False
 
 
 def read_config(

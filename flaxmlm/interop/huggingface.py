@@ -13,6 +13,7 @@ import numpy as np
 
 from flaxmlm import InputError, models
 from flaxmlm.interop.families import CONFIG, FAMILIES, Family, read_config
+from flaxmlm.interop.families import is_folder as is_folder
 from flaxmlm.models import Model
 from flaxmlm.models.model import Params
 
@@ -51,18 +52,6 @@ class Folder(NamedTuple):
   model: Model
   params: Params
   left: list[str]
-
-
-def is_folder(path: str) -> bool:
-  """Says whether a folder's config.json is one of Hugging Face's."""
-  config = os.path.join(path, CONFIG)
-  if not os.path.isfile(config):
-    return False
-  with open(config, encoding="utf-8") as file:
-    try:
-      return "model_type" in json.load(file)
-    except ValueError:
-      return False
 
 
 def load(path: str, *, dtype: str = "float32") -> Folder:

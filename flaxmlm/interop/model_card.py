@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 _EVAL = {
   "eval/loss": "loss (nats a hidden token)",
@@ -14,14 +14,29 @@ _EVAL = {
 }
 
 
+class Phase(NamedTuple):
+  """A run, or one of those that followed one another to make a model.
+
+  Attributes:
+    config: Its resolved config, nested, with every key.
+    first_step: Steps done before it, of all phases.
+    last_step: Steps done at its end.
+    manifest: Of its token store; None if that isn't there any more.
+    metrics: Lines of its metrics.jsonl; none if that isn't there any more.
+  """
+
+  config: Mapping[str, Any]
+  first_step: int
+  last_step: int
+  manifest: Mapping[str, Any] | None
+  metrics: Sequence[Mapping[str, float]]
+
+
 def write(
   *,
   name: str,
   facts: Mapping[str, str],
-  config: Mapping[str, Any] | None,
-  chain: Sequence[Any],
-  manifest: Mapping[str, Any] | None,
-  metrics: Sequence[Mapping[str, float]],
+  phases: Sequence[Phase],
   mask: str,
   notes: Sequence[str],
 ) -> str:
@@ -30,11 +45,8 @@ def write(
   Args:
     name: Title of the card.
     facts: The model in words: label -> value.
-    config: The run's resolved config, nested; None for a folder that no run
-      of ours has made.
-    chain: The phases of the run (`training.chain.read_chain`), itself last.
-    manifest: Of the run's token store, if that is there.
-    metrics: Lines of metrics.jsonl.
+    phases: Of the training, the oldest first; none for a folder that no run of
+      ours has made.
     mask: The mask token.
     notes: What a user should know besides.
   """
@@ -67,20 +79,13 @@ def write(
     "",
     *_table(facts),
   ]
-  if config is None:
+  if not phases:
     lines += ["", "How it was trained isn't known here."]
-  else:
-    lines += ["", "## Data", "", *_table(_data(config, manifest))]
-    lines += ["", "## Training", "", *_table(_training(config, chain))]
-  evals = [line for line in metrics if "eval/loss" in line]
-  if evals:
-    last = evals[-1]
-    shown = {
-      label: f"{last[key]:.4g}" for key, label in _EVAL.items() if key in last
-    }
-    lines += ["", "## Evaluation", ""]
-    lines += [f"On held-out documents, after step {last['step']:,}.", ""]
-    lines += _table(shown)
+  for number, phase in enumerate(phases, 1):
+    of = f" of phase {number}" if len(phases) > 1 else ""
+    lines += ["", f"## Data{of}", "", *_table(_data(phase))]
+    lines += ["", f"## Training{of}", "", *_table(_training(phase))]
+    lines += _evaluation(phase, of)
   if notes:
     lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
   return "\n".join(lines) + "\n"
@@ -107,10 +112,25 @@ def _listed(value: Any) -> str:
   return ", ".join(f"`{v}`" for v in values)
 
 
-def _data(
-  config: Mapping[str, Any], manifest: Mapping[str, Any] | None
-) -> dict[str, str]:
+def _evaluation(phase: Phase, of: str) -> list[str]:
+  """Returns the lines of the last evaluation, if there was one."""
+  evals = [line for line in phase.metrics if "eval/loss" in line]
+  if not evals:
+    return []
+  last = evals[-1]
+  shown = {
+    label: f"{last[key]:.4g}" for key, label in _EVAL.items() if key in last
+  }
+  return [
+    *("", f"## Evaluation{of}", ""),
+    *(f"On held-out documents, after step {last['step']:,}.", ""),
+    *_table(shown),
+  ]
+
+
+def _data(phase: Phase) -> dict[str, str]:
   """Returns the facts of the text; the store knows best what it was made of."""
+  config, manifest = phase.config, phase.manifest
   spec = {} if manifest is None else manifest["spec"]
   data, cleaning = config["data"], config["data"]["cleaning"]
   cleaning = {
@@ -119,7 +139,7 @@ def _data(
   }
   facts = {"source": _listed(data["source"])}
   if data["store"] is not None:
-    facts["source"] = f"the store `{data['store']}`"
+    facts["source"] = f"the store `{data['store']}`{_texts(spec)}"
   if data["weights"]:
     facts["weights of the sources"] = _listed(map(str, data["weights"]))
   if manifest is not None:
@@ -136,25 +156,31 @@ def _data(
   return facts
 
 
-def _training(
-  config: Mapping[str, Any], chain: Sequence[Any]
-) -> dict[str, str]:
-  """Returns the facts of the training; of a chain a line a phase."""
-  train, objective = config["train"], dict(config["objective"])
-  optimizer, model = config["optimizer"], chain[0].config["model"]
-  name = objective.pop("name")
+def _texts(spec: Mapping[str, Any], shown: int = 5) -> str:
+  """Returns the names of the files that a store was made of."""
+  names = []
+  for source in spec.get("data.source") or []:
+    names += [source] if isinstance(source, str) else [f for f, _ in source]
+  if not names:
+    return ""
+  more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+  return f", made of {_listed(names[:shown])}{more}"
+
+
+def _training(phase: Phase) -> dict[str, str]:
+  """Returns the facts of the training."""
+  train, objective = phase.config["train"], dict(phase.config["objective"])
+  optimizer, begun = phase.config["optimizer"], phase.config["model"]
+  name, B = objective.pop("name"), train["batch_size"]
+  L, steps = phase.config["data"]["row_length"], phase.last_step
+  steps -= phase.first_step
   facts = {
-    "objective": ", ".join([name, *(f"{k}={v}" for k, v in objective.items())])
+    "objective": ", ".join([name, *(f"{k}={v}" for k, v in objective.items())]),
+    "steps": f"{steps:,} of {B:,} rows of {L:,} tokens,"
+    f" {steps * B * L:,} tokens in all",
   }
-  for number, phase in enumerate(chain, 1):
-    data, batch = phase.config["data"], phase.config["train"]["batch_size"]
-    label = "steps" if len(chain) == 1 else f"steps, phase {number}"
-    facts[label] = (
-      f"{phase.steps:,} of {batch:,} rows of {data['row_length']:,} tokens,"
-      f" {phase.tokens:,} tokens in all"
-    )
-    if len(chain) > 1:
-      facts[label] += f"; {_listed(data['store'] or data['source'])}"
+  if phase.first_step:
+    facts["steps"] += f"; they count on from {phase.first_step:,}"
   facts |= {
     "optimizer": f"{optimizer['name']}, "
     + ", ".join(
@@ -162,8 +188,8 @@ def _training(
       for key in ("peak_lr", "schedule", "warmup_steps", "weight_decay")
     ),
     "compute dtype": train["dtype"],
-    "seed": str(config["seed"]),
+    "seed": str(phase.config["seed"]),
   }
-  if model["init_from"] is not None:
-    facts["started from"] = f"`{model['init_from']}`"
+  if begun["init_from"] is not None:
+    facts["started from"] = f"`{begun['init_from']}`"
   return facts

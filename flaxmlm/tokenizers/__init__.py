@@ -88,6 +88,9 @@ def load(
     )
   data = read_file(where)
   if saved is not None:
+    as_saved = _build(where, data, None, settings, None)
+    if lowercase is None or (lowercase and _lower_cases(as_saved)):
+      return as_saved
     return _build(where, data, lowercase, settings, None)
   from flaxmlm.tokenizers import published
 
@@ -97,6 +100,13 @@ def load(
       published.check(said, where)
     settings = settings._replace(specials=said.specials)
   return _build(where, data, lowercase, settings, said)
+
+
+def _lower_cases(tokenizer: Tokenizer) -> bool:
+  """Says whether a tokenizer lower-cases text by itself."""
+  text = "ABCDEFGHIJKLMNOPQRSTUVWXYZ ÄÉΣЖ"
+  upper, lower = tokenizer.encode_batch([text, text.lower()])
+  return upper.ids.tolist() == lower.ids.tolist()
 
 
 def has_tokenizer(folder: str) -> bool:
@@ -133,16 +143,30 @@ def _build(
   """Returns the tokenizer of a file, with what is said beside it."""
   from flaxmlm.tokenizers import hugging_face, published, sentence_piece
 
-  if where.endswith("vocab.txt") and not hugging_face.is_byte_bpe(where):
-    return _build_wordpiece(where, data, lowercase, settings, said)
+  is_byte_bpe = hugging_face.is_byte_bpe(where)
+  tokens = said.tokens if said else ()
+  if where.endswith("vocab.txt") and not is_byte_bpe:
+    ids = hugging_face.read_vocab_txt(data, where)
+    if lowercase is None and said:
+      lowercase = said.get_flag("do_lower_case", None)
+    if lowercase is None:
+      lowercase = hugging_face.looks_lowercase(ids)
+    return hugging_face.from_wordpiece(
+      ids,
+      lowercase=lowercase,
+      strip_accents=said.get_flag("strip_accents", None) if said else None,
+      split_chinese=not said or said.get_flag("tokenize_chinese_chars", True),
+      settings=settings,
+      where=where,
+      tokens=tokens,
+    )
   if lowercase is not None:
     settings = settings._replace(lowercase=lowercase)
   if where.endswith(".model") and said is None:
     return sentence_piece.build(data, settings, where)
   if where.endswith(".model"):
     return published.from_unigram(data, said, settings, where)
-  tokens = said.tokens if said else ()
-  if not hugging_face.is_byte_bpe(where):
+  if not is_byte_bpe:
     data = published.adapt(data, said) if said else data
     return hugging_face.from_json(data, settings, where, tokens)
   is_json = where.endswith(".json")
@@ -158,31 +182,6 @@ def _build(
     merges_where=merges,
     prefix_space=bool(said and said.get_flag("add_prefix_space", False)),
     tokens=tokens,
-  )
-
-
-def _build_wordpiece(
-  where: str,
-  data: bytes,
-  lowercase: bool | None,
-  settings: Settings,
-  said: Published | None,
-) -> Tokenizer:
-  from flaxmlm.tokenizers import hugging_face
-
-  ids = hugging_face.read_vocab_txt(data, where)
-  if lowercase is None and said:
-    lowercase = said.get_flag("do_lower_case", None)
-  if lowercase is None:
-    lowercase = hugging_face.looks_lowercase(ids)
-  return hugging_face.from_wordpiece(
-    ids,
-    lowercase=lowercase,
-    strip_accents=said.get_flag("strip_accents", None) if said else None,
-    split_chinese=not said or said.get_flag("tokenize_chinese_chars", True),
-    settings=settings,
-    where=where,
-    tokens=said.tokens if said else (),
   )
 
 

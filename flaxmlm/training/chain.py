@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from flaxmlm import InputError
+
 FILE = "chain.json"
 
 
@@ -21,15 +23,17 @@ class Phase(NamedTuple):
   Attributes:
     workdir: Where it is, or was.
     config: Its config, as nested dicts.
-    store: sha256 of the manifest of its store.
+    store: sha256 of the manifest of its store; None for a run of before that
+      was noted (store.json), whose order of the data nothing goes on in.
     first_step: Steps done before it, of the whole chain.
     last_step: Steps done at its end, or until now.
-    first_row: Row uses of its order of the data that phases before it made.
+    first_row: Row uses of its order of the data that all phases before it
+      made.
   """
 
   workdir: str
   config: dict[str, Any]
-  store: str
+  store: str | None
   first_step: int
   last_step: int
   first_row: int
@@ -50,6 +54,13 @@ class Phase(NamedTuple):
     return self.rows * self.config["data"]["row_length"]
 
   @property
+  def order(self) -> tuple[Any, ...]:
+    """What the order of its rows is a function of."""
+    data = self.config["data"]
+    weights = tuple(data.get("weights", ()))
+    return self.store, self.config["seed"], data["row_length"], weights
+
+  @property
   def row_offset(self) -> int:
     """Row use of step 0, were all steps like this phase's; see `batches.at`."""
     before = self.first_step * self.config["train"]["batch_size"]
@@ -57,19 +68,41 @@ class Phase(NamedTuple):
 
 
 def read_chain(workdir: str) -> list[Phase]:
-  """Returns the phases of a run, the oldest first, the run itself last."""
-  step, path = newest_step(workdir), os.path.join(workdir, FILE)
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      *before, own = (Phase(**values) for values in json.load(file))
-  else:
-    with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
-      config = json.load(file)
-    with open(os.path.join(workdir, "store.json"), encoding="utf-8") as file:
-      store = json.load(file)["manifest_sha256"]
-    before, own = [], Phase(workdir, config, store, 0, 0, 0)
+  """Returns the phases of a run, the oldest first, the run itself last.
+
+  Raises:
+    InputError: A file of the run can't be read, or lacks what a phase is.
+  """
+  try:
+    *before, own = _read_phases(workdir)
+    for phase in (*before, own):
+      _ = phase.tokens, phase.order  # all that they are asked
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise InputError(
+      f"{workdir}: {FILE}, config.json or store.json isn't what a run writes"
+      f" ({type(error).__name__}: {error})"
+    ) from error
+  step = newest_step(workdir)
   step = own.first_step if step is None else step
   return [*before, own._replace(workdir=workdir, last_step=step)]
+
+
+def _read_phases(workdir: str) -> list[Phase]:
+  """Returns the phases as the files of a run have them."""
+
+  def read(name: str) -> Any:
+    with open(os.path.join(workdir, name), encoding="utf-8") as file:
+      return json.load(file)
+
+  def is_there(name: str) -> bool:
+    return os.path.exists(os.path.join(workdir, name))
+
+  if is_there(FILE):
+    return [Phase(**values) for values in read(FILE)]
+  store = (
+    read("store.json")["manifest_sha256"] if is_there("store.json") else None
+  )
+  return [Phase(workdir, read("config.json"), store, 0, 0, 0)]
 
 
 def find_chain(
@@ -77,8 +110,9 @@ def find_chain(
 ) -> list[Phase]:
   """Returns the phases of a run that may not have begun yet.
 
-  With the order of the data as it was (store, seed, row length, weights) a
-  phase goes on in it, with any batch size; else it begins a new one.
+  An order of the data is that of a store, seed, row length and weights. A phase
+  goes on in its order, with any batch size, where the newest phase with the
+  same one ended, whatever came between; else it begins at the first row.
 
   Args:
     workdir: Of the run.
@@ -91,17 +125,12 @@ def find_chain(
   if run is None:
     return [Phase(workdir, dict(config), store, 0, 0, 0)]
   before = read_chain(run)
-  last = before[-1]
-
-  def order(config: Mapping[str, Any], store: str) -> tuple[Any, ...]:
-    data = config["data"]
-    weights = tuple(data["weights"])
-    return store, config["seed"], data["row_length"], weights
-
-  same = order(last.config, last.store) == order(config, store)
-  step = last.last_step
-  row = last.first_row + last.rows if same else 0
-  return [*before, Phase(workdir, dict(config), store, step, step, row)]
+  step = before[-1].last_step
+  own = Phase(workdir, dict(config), store, step, step, 0)
+  alike = [phase for phase in before if phase.order == own.order]
+  if alike:
+    own = own._replace(first_row=alike[-1].first_row + alike[-1].rows)
+  return [*before, own]
 
 
 def write_chain(workdir: str, phases: list[Phase]) -> None:
