@@ -41,10 +41,12 @@ def main() -> None:
   )
   args = parser.parse_args()
   memory.use_huge_pages()
-  rows = [
-    measure(SHAPES[args.shape], *choice, steps=1 if args.quick else 3)
-    for choice in CHOICES
-  ]
+  with tempfile.TemporaryDirectory() as folder:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    rows = [
+      measure(SHAPES[args.shape], *choice, steps=1 if args.quick else 3)
+      for choice in CHOICES
+    ]
   report.table(rows)
   report.finish(
     args,
@@ -68,16 +70,13 @@ def measure(
     lowered = step.lower(*given)
     return lowered, given, time.perf_counter() - start
 
-  with tempfile.TemporaryDirectory() as folder:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    seconds = []
-    for _ in range(2):
-      jax.clear_caches()
-      lowered, given, traced = lower()
-      start = time.perf_counter()
-      compiled = lowered.compile()
-      seconds.append(traced + time.perf_counter() - start)
-    jax.config.update("jax_compilation_cache_dir", None)
+  seconds = []
+  for _ in range(2):
+    jax.clear_caches()
+    lowered, given, traced = lower()
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds.append(traced + time.perf_counter() - start)
   state, *rest = given
   times = []
   for _ in range(steps + 1):

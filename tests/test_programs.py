@@ -170,7 +170,7 @@ def test_the_folder_of_a_model_is_no_workdir(tmp_path):
   path = tmp_path / "config.json"
   path.write_text('{"model_type": "bert"}')
   error = program("train", *SHORT, f"--workdir={tmp_path}", code=2)
-  assert "isn't the folder of a run" in error
+  assert "is a Hugging Face folder, and no run is there" in error
   assert path.read_text() == '{"model_type": "bert"}'
 
 

@@ -312,7 +312,7 @@ def load(folder: str) -> LoadedModel:
     return _load_huggingface(folder)
   config = from_json(path).to_dict()
   # The backend was chosen for the machine that trained.
-  config["model"]["attention"] = "auto"
+  config["model"].update(attention="auto", scan_layers=False)
   tokenizer = tokenizers.load(os.path.join(folder, "tokenizer"))
   model = models.build(
     config["model"],
