@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 # Most of the time goes into compiling: unoptimised, it takes less than half.
-UNOPTIMISED = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = (
-  f"--xla_force_host_platform_device_count=8 {UNOPTIMISED}"
-)
+# What XLA_FLAGS says comes after, and counts.
+FLAGS = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test compiled, another and its subprocesses needn't.
 os.environ.setdefault(
@@ -26,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def environment() -> dict[str, str]:
   """One CPU device, as people have it."""
-  return os.environ | {"XLA_FLAGS": UNOPTIMISED}
+  return os.environ | {"XLA_FLAGS": FLAGS}
 
 
 def program(name: str, *args: str, code: int = 0, **kwargs) -> str:
