@@ -1,4 +1,4 @@
-"""Training speed against Hugging Face torch, interleaved in one run.
+"""Training speed against Hugging Face torch, in turns of one run.
 
   python -m benchmarks.train_step [--shape=NAME ...] [--quick] [--json]
 
@@ -11,15 +11,18 @@ does; ModernBERT has `sparse_prediction`. "unpacked" is what torch does with
 ModernBERT's short documents when each has a row of its own: no attention is
 wasted on neighbours. Only documents' tokens are counted. Needs the extra `hf`.
 
-Both run in huge pages, as `flaxmlm.train` does; `--small_pages` shows what that
-is worth.
+Each has a process of its own, which waits while another one's turn is: neither
+its memory nor its threads are in another one's way. All are in huge pages, as
+`flaxmlm.train` is; `--small_pages` shows what that is worth.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +34,7 @@ from flaxmlm.objectives import Batch
 from flaxmlm.training import memory, metrics, optimizers, sharding
 from flaxmlm.training.step import make_init, make_train_step
 
+MINE = "flaxmlm float32"
 SPECIALS = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 Run = Callable[[int], None]
 
@@ -84,33 +88,29 @@ def main() -> None:
 def measure(shape: Shape, *, quick: bool) -> dict[str, Any]:
   """Times the peers in turn, so that a drifting machine is fair."""
   tokens = shape.rows * shape.length
-  # Rounds of about four seconds.
-  steps = max(1, round(10 * 4096 * 1.1e7 / (tokens * parameters(shape))))
-  rounds, steps = (3, max(1, steps // 3)) if quick else (9, steps)
-  began = time.perf_counter()
-  ours, flops = make_ours(shape)
-  compiled = time.perf_counter() - began
-  peers = {"flaxmlm float32": ours}
+  rounds, seconds = (3, 1) if quick else (7, 4)
+  peers = {MINE: start(shape, MINE)}
+  compiled = peers[MINE](2)
+  steps = max(1, round(seconds / peers[MINE](1)))
   packings = ("", " unpacked") if shape.family == "modernbert" else ("",)
   for dtype in ("float32", "bfloat16") if has_bfloat16() else ("float32",):
     for packing in packings:
       for compile in ("", " compiled"):
-        peers[f"torch {dtype}{packing}{compile}"] = make_torch(
-          shape, dtype, packed=not packing, compile=bool(compile)
-        )
+        name = f"torch {dtype}{packing}{compile}"
+        peers[name] = start(shape, name)
+        peers[name](2)
   if not has_bfloat16():
     print("torch bfloat16: left out, this CPU has no instructions for it")
   speeds: dict[str, list[float]] = {name: [] for name in peers}
   for _ in range(rounds):
     for name, run in peers.items():
       run(1)  # the peer before has left its own in the caches
-      start = time.perf_counter()
-      run(steps)
-      speeds[name].append(steps * tokens / (time.perf_counter() - start))
+      speeds[name].append(steps * tokens / run(steps))
   peak = metrics.peak_flops("float32").flops
+  _, _, flops = make_step(shape)
 
   median = {name: statistics.median(s) for name, s in speeds.items()}
-  mine = median["flaxmlm float32"]
+  mine = median[MINE]
   plain = max(
     v for n, v in median.items() if "torch float32" in n and "comp" not in n
   )
@@ -140,11 +140,33 @@ def measure(shape: Shape, *, quick: bool) -> dict[str, Any]:
   }
 
 
-def parameters(shape: Shape) -> float:
-  """Returns about how many weights a token meets, for the rounds' length."""
-  ffn = 3 if shape.family == "modernbert" else 2
-  layer = 4 * shape.width**2 + ffn * shape.width * shape.ffn
-  return shape.layers * layer + shape.width * shape.vocab
+def start(shape: Shape, name: str) -> Callable[[int], float]:
+  """Returns what has a process run N steps, and returns its seconds."""
+  context = multiprocessing.get_context("spawn")
+  here, there = context.Pipe()
+  context.Process(target=serve, args=(there, shape, name), daemon=True).start()
+  there.close()
+
+  def run(steps: int) -> float:
+    here.send(steps)
+    return here.recv()
+
+  return run
+
+
+def serve(connection: Connection, shape: Shape, name: str) -> None:
+  """Runs as many steps as it is told to, until nobody is there any more."""
+  run = None
+  while True:
+    try:
+      steps = connection.recv()
+    except EOFError:
+      return
+    began = time.perf_counter()
+    if run is None:
+      run = make_ours(shape) if name == MINE else make_torch(shape, name)
+    run(steps)
+    connection.send(time.perf_counter() - began)
 
 
 def has_bfloat16() -> bool:
@@ -171,9 +193,9 @@ def make_rows(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   )
 
 
-def make_ours(shape: Shape) -> tuple[Run, float]:
-  """Returns what runs N of our steps, and the model FLOPs of one."""
-  train_step, arguments, flops = make_step(shape)
+def make_ours(shape: Shape) -> Run:
+  """Returns what runs N of our steps."""
+  train_step, arguments, _ = make_step(shape)
   state, *rest = arguments()
 
   def run(steps: int) -> None:
@@ -182,8 +204,7 @@ def make_ours(shape: Shape) -> tuple[Run, float]:
       state, sums = train_step(state, *rest)
     jax.block_until_ready(sums)
 
-  run(2)
-  return run, flops
+  return run
 
 
 def make_step(
@@ -234,7 +255,7 @@ def make_step(
   return train_step, arguments, model.flops(L, objective.slots) * B
 
 
-def make_torch(shape: Shape, dtype: str, *, packed: bool, compile: bool) -> Run:
+def make_torch(shape: Shape, name: str) -> Run:
   """Returns what runs N steps of Hugging Face's model in torch."""
   import torch
   import transformers
@@ -261,7 +282,7 @@ def make_torch(shape: Shape, dtype: str, *, packed: bool, compile: bool) -> Run:
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
   rows, segments, _ = make_rows(shape)
   documents = list(rows)
-  if not packed:
+  if "unpacked" in name:
     documents = [
       row[own == number]
       for row, own in zip(rows, segments, strict=True)
@@ -278,8 +299,8 @@ def make_torch(shape: Shape, dtype: str, *, packed: bool, compile: bool) -> Run:
   hidden = (torch.rand(ids.shape, generator=random) < 0.15) & (valid > 0)
   labels = torch.where(hidden, ids, -100)
   shown = torch.where(hidden, SPECIALS["mask"], ids)
-  half = dtype == "bfloat16"
-  called = torch.compile(model) if compile else model
+  half = "bfloat16" in name
+  called = torch.compile(model) if "compiled" in name else model
 
   def run(steps: int) -> None:
     for _ in range(steps):
@@ -290,7 +311,6 @@ def make_torch(shape: Shape, dtype: str, *, packed: bool, compile: bool) -> Run:
       torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
       optimizer.step()
 
-  run(2)
   return run
 
 

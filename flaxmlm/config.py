@@ -799,7 +799,8 @@ def _read_architecture(folder: str) -> dict[str, Any]:
   else:
     found = from_json(path).model.to_dict()
   theirs = {f"model.{name}": value for name, value in found.items()}
-  for name in ("init_from", "attention"):
+  # How it was computed there is no part of what it is.
+  for name in ("init_from", "attention", "remat", "scan_layers"):
     theirs.pop(f"model.{name}", None)
   return theirs
 

@@ -130,6 +130,7 @@ def read_phases(folder: str) -> list[model_card.Phase]:
   Of a Hugging Face folder that is nothing. The store and the metrics of a phase
   may have gone.
   """
+  from flaxmlm.data.store import MANIFEST, read_manifest
   from flaxmlm.interop import huggingface, model_card
   from flaxmlm.training import chain, metrics
 
@@ -139,10 +140,9 @@ def read_phases(folder: str) -> list[model_card.Phase]:
   for phase in chain.read_chain(folder):
     c = config.check_keys(config.to_flat(phase.config), where=phase.workdir)
     store = c.data.store or os.path.join(phase.workdir, "store")
-    path, manifest = os.path.join(store, "manifest.json"), None
-    if os.path.exists(path):
-      with open(path, encoding="utf-8") as file:
-        manifest = json.load(file)
+    manifest = None
+    if os.path.exists(os.path.join(store, MANIFEST)):
+      manifest, _ = read_manifest(store)
     lines = metrics.read(os.path.join(phase.workdir, "metrics.jsonl"))
     phases.append(
       model_card.Phase(

@@ -119,7 +119,9 @@ def test_a_model_that_is_broken_still_has_its_guesses(loaded):
       r"attention_mask: shape \(1, 1\), not \(1, 2\)",
     ),
     ({"attention_mask": [[1, 2]]}, "attention_mask: wants 0 to 1"),
-    ({"attention_mask": [[1, -0.5]]}, "attention_mask: wants 0 to 1"),
+    ({"attention_mask": [[1, -1]]}, "attention_mask: wants 0 to 1"),
+    ({"attention_mask": [[1, 0.5]]}, "attention_mask: wants integers, has f"),
+    ({"input_ids": [[5, 6.7]]}, "input_ids: wants integers, has float64"),
     ({"token_type_ids": [[0, 2]]}, "token_type_ids: wants 0 to 1"),
   ],
 )

@@ -93,25 +93,8 @@ def open_store(folder: str) -> TokenStore:
     InputError: There is no store, it is of another version, or a file is
       missing or of the wrong size.
   """
-  path = os.path.join(folder, MANIFEST)
-  try:
-    with open(path, "rb") as file:
-      text = file.read()
-    manifest = json.loads(text)
-    version, files = manifest["format"], manifest["files"]
-  except OSError as error:
-    raise InputError(
-      f"{path}: {error.strerror}; make a store by"
-      f" python -m flaxmlm.prepare --out={folder}"
-    ) from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{path}: not the manifest of a store") from error
-  if version != FORMAT:
-    raise InputError(
-      f"{path}: store format {version}, this version reads {FORMAT}; make it"
-      " again by python -m flaxmlm.prepare"
-    )
-  for name, facts in files.items():
+  manifest, digest = read_manifest(folder)
+  for name, facts in manifest["files"].items():
     file = os.path.join(folder, name)
     size = os.path.getsize(file) if os.path.exists(file) else None
     if size != facts["bytes"]:
@@ -136,10 +119,36 @@ def open_store(folder: str) -> TokenStore:
     for split in SPLITS
   ]
   counts = np.fromfile(os.path.join(folder, "counts.bin"), "<i8")
-  digest = hashlib.sha256(text).hexdigest()
   return TokenStore(
     folder, digest, manifest, manifest["vocab"], counts, *splits
   )
+
+
+def read_manifest(folder: str) -> tuple[dict[str, Any], str]:
+  """Returns a store's manifest and the sha256 of its file.
+
+  Raises:
+    InputError: There is no store, or it is of another version.
+  """
+  path = os.path.join(folder, MANIFEST)
+  try:
+    with open(path, "rb") as file:
+      text = file.read()
+    manifest = json.loads(text)
+    version, _ = manifest["format"], manifest["files"]
+  except OSError as error:
+    raise InputError(
+      f"{path}: {error.strerror}; make a store by"
+      f" python -m flaxmlm.prepare --out={folder}"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(f"{path}: not the manifest of a store") from error
+  if version != FORMAT:
+    raise InputError(
+      f"{path}: store format {version}, this version reads {FORMAT}; make it"
+      " again by python -m flaxmlm.prepare"
+    )
+  return manifest, hashlib.sha256(text).hexdigest()
 
 
 def verify(store: TokenStore) -> None:

@@ -69,7 +69,7 @@ class LoadedModel:
 
     Raises:
       InputError: Rows longer than the model's positions, ids outside of its
-        vocabulary, or shapes that differ.
+        vocabulary, shapes that differ, or numbers that aren't integers.
     """
     return self._run(_encode, input_ids, attention_mask, token_type_ids)
 
@@ -189,18 +189,24 @@ class LoadedModel:
   def _run(
     self, function, input_ids, attention_mask, token_type_ids, slots=None
   ) -> np.ndarray:
-    ids = np.asarray(input_ids, np.int32)
+    ids = np.asarray(input_ids)
     if ids.ndim != 2 or ids.size == 0:
       raise InputError(f"input_ids: wants a shape [B, L], has {ids.shape}")
     valid, types = (
-      np.full_like(ids, value) if given is None else np.asarray(given)
+      np.full(ids.shape, value) if given is None else np.asarray(given)
       for given, value in ((attention_mask, 1), (token_type_ids, 0))
     )
     B, L = ids.shape
     options = self.config["model"]
-    for name, array in (("attention_mask", valid), ("token_type_ids", types)):
+    for name, array in (
+      ("input_ids", ids),
+      ("attention_mask", valid),
+      ("token_type_ids", types),
+    ):
       if array.shape != ids.shape:
         raise InputError(f"{name}: shape {array.shape}, not {ids.shape}")
+      if array.dtype.kind not in "iub":
+        raise InputError(f"{name}: wants integers, has {array.dtype}")
     if options["max_positions"] < L:
       raise InputError(
         f"input_ids: rows of {L} tokens; the model has"
