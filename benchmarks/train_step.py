@@ -19,6 +19,7 @@ its memory nor its threads are in another one's way. All are in huge pages, as
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ import numpy as np
 from benchmarks import report
 from flaxmlm import config, models, objectives
 from flaxmlm.objectives import Batch
-from flaxmlm.training import memory, metrics, optimizers, sharding
+from flaxmlm.training import metrics, optimizers, sharding
 from flaxmlm.training.step import make_init, make_train_step
 
 MINE = "flaxmlm float32"
@@ -72,8 +73,8 @@ def main() -> None:
     "--shape", action="append", choices=SHAPES, help="by default the first"
   )
   args = parser.parse_args()
-  if not args.small_pages:
-    memory.use_huge_pages()
+  if not args.small_pages:  # see `flaxmlm.training.memory`
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
   for name in args.shape or list(SHAPES)[:1]:
     print(f"{name}")
     figures = measure(SHAPES[name], quick=args.quick)
