@@ -3,33 +3,31 @@
   python -m benchmarks.train_step [--shape=NAME ...] [--quick] [--json]
 
 Whole steps: forward, backward, clipping, AdamW; vocabulary 30,522 (ModernBERT:
-50,368), 15 % masked, no dropout, rows full of documents. The peers are
-`BertForMaskedLM` and `ModernBertForMaskedLM` with SDPA attention and fused
-AdamW, given the same rows, as they are and by `torch.compile`; labels are -100
-where nothing is asked. BERT there computes logits for every token, as it always
-does; ModernBERT has `sparse_prediction`. "unpacked" is what torch does with
-ModernBERT's short documents when each has a row of its own: no attention is
-wasted on neighbours. Only documents' tokens are counted. Needs the extra `hf`.
+50,368), 15 % masked, no dropout, full rows: of BERT's a document each, of
+ModernBERT's several. The peers are `BertForMaskedLM` and
+`ModernBertForMaskedLM` with SDPA attention and fused AdamW, given the same
+rows, as they are and by `torch.compile`; labels are -100 where nothing is
+asked. BERT there computes logits for every token, as it always does; ModernBERT
+has `sparse_prediction`. "unpacked" is what torch does with ModernBERT's short
+documents when each has a row of its own: no attention is wasted on neighbours.
+Only documents' tokens are counted; model FLOPs are those of whole rows. Needs
+the extra `hf`.
 
-Each has a process of its own, which waits while another one's turn is: neither
-its memory nor its threads are in another one's way. All are in huge pages, as
-`flaxmlm.train` is; `--small_pages` shows what that is worth.
+Each has a process of its own (`benchmarks.turns`), in huge pages, as
+`flaxmlm.train` is; `--small_pages` shows what these are worth.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, turns
 from flaxmlm import config, models, objectives
 from flaxmlm.objectives import Batch
 from flaxmlm.training import metrics, optimizers, sharding
@@ -58,10 +56,10 @@ MINI = ("bert", 4, 256, 4, 1024, 30_522)
 BASE = ("bert", 12, 768, 12, 3072, 30_522)
 MODERN = ("modernbert", 22, 768, 12, 1152, 50_368)
 SHAPES = {
-  "bert_4x256_L128": Shape(*MINI, rows=32, length=128, documents=2),
-  "bert_4x256_L512": Shape(*MINI, rows=8, length=512, documents=3),
-  "bert_12x768_L128": Shape(*BASE, rows=8, length=128, documents=2),
-  "bert_12x768_L512": Shape(*BASE, rows=2, length=512, documents=3),
+  "bert_4x256_L128": Shape(*MINI, rows=32, length=128, documents=1),
+  "bert_4x256_L512": Shape(*MINI, rows=8, length=512, documents=1),
+  "bert_12x768_L128": Shape(*BASE, rows=8, length=128, documents=1),
+  "bert_12x768_L512": Shape(*BASE, rows=2, length=512, documents=1),
   "modernbert_22x768_L1024": Shape(*MODERN, rows=1, length=1024, documents=5),
 }
 
@@ -89,25 +87,35 @@ def main() -> None:
 def measure(shape: Shape, *, quick: bool) -> dict[str, Any]:
   """Times the peers in turn, so that a drifting machine is fair."""
   tokens = shape.rows * shape.length
-  rounds, seconds = (3, 1) if quick else (7, 4)
-  peers = {MINE: start(shape, MINE)}
-  compiled = peers[MINE](2)
-  steps = max(1, round(seconds / peers[MINE](1)))
-  packings = ("", " unpacked") if shape.family == "modernbert" else ("",)
+  rounds, seconds = (3, 1) if quick else (5, 4)
+  packings = ("", " unpacked") if shape.documents > 1 else ("",)
+  names = [MINE]
   for dtype in ("float32", "bfloat16") if has_bfloat16() else ("float32",):
-    for packing in packings:
-      for compile in ("", " compiled"):
-        name = f"torch {dtype}{packing}{compile}"
-        peers[name] = start(shape, name)
-        peers[name](2)
+    names += [f"flaxmlm {dtype}"] if dtype != "float32" else []
+    names += [
+      f"torch {dtype}{packing}{compiled}"
+      for packing in packings
+      for compiled in ("", " compiled")
+    ]
   if not has_bfloat16():
-    print("torch bfloat16: left out, this CPU has no instructions for it")
+    print("bfloat16: left out, this CPU has no instructions for it")
+  peers, first = {}, {}
+  for name in names:
+    turn = turns.start(make_peer, shape, name)
+    try:
+      first[name], _ = turn(2)
+    except EOFError:
+      print(f"{name}: left out, its process ended")
+      continue
+    peers[name] = turn
+  steps = max(1, round(seconds / peers[MINE](1)[0]))
   speeds: dict[str, list[float]] = {name: [] for name in peers}
+  peak = 0.0  # the best of all rounds, for that of a busy moment is too low
   for _ in range(rounds):
-    for name, run in peers.items():
-      run(1)  # the peer before has left its own in the caches
-      speeds[name].append(steps * tokens / run(steps))
-  peak = metrics.peak_flops("float32").flops
+    peak = max(peak, metrics.peak_flops("float32").flops)
+    for name, turn in peers.items():
+      turn(1)  # the peer before has left its own in the caches
+      speeds[name].append(steps * tokens / turn(steps)[0])
   _, _, flops = make_step(shape)
 
   median = {name: statistics.median(s) for name, s in speeds.items()}
@@ -115,7 +123,10 @@ def measure(shape: Shape, *, quick: bool) -> dict[str, Any]:
   plain = max(
     v for n, v in median.items() if "torch float32" in n and "comp" not in n
   )
-  best = max(v for name, v in median.items() if name.startswith("torch"))
+  ours, torch = (
+    max(v for name, v in median.items() if name.startswith(kind))
+    for kind in ("flaxmlm", "torch")
+  )
   report.table(
     [
       {
@@ -131,43 +142,24 @@ def measure(shape: Shape, *, quick: bool) -> dict[str, Any]:
   return {
     "shape": shape._asdict(),
     "tokens_per_second": median,
+    "least": {name: min(speed) for name, speed in speeds.items()},
+    "most": {name: max(speed) for name, speed in speeds.items()},
     "ratio_to_torch_float32": mine / plain,
-    "ratio_to_torch_best": mine / best,
+    "ratio_to_torch_best": ours / torch,
     "matmul_peak_gflops": peak / 1e9,
     "share_of_peak": mine / tokens * flops / peak,
-    "first_steps_seconds": compiled,
+    "first_steps_seconds": first[MINE],
     "rounds": rounds,
     "steps_a_round": steps,
   }
 
 
-def start(shape: Shape, name: str) -> Callable[[int], float]:
-  """Returns what has a process run N steps, and returns its seconds."""
-  context = multiprocessing.get_context("spawn")
-  here, there = context.Pipe()
-  context.Process(target=serve, args=(there, shape, name), daemon=True).start()
-  there.close()
-
-  def run(steps: int) -> float:
-    here.send(steps)
-    return here.recv()
-
-  return run
-
-
-def serve(connection: Connection, shape: Shape, name: str) -> None:
-  """Runs as many steps as it is told to, until nobody is there any more."""
-  run = None
-  while True:
-    try:
-      steps = connection.recv()
-    except EOFError:
-      return
-    began = time.perf_counter()
-    if run is None:
-      run = make_ours(shape) if name == MINE else make_torch(shape, name)
-    run(steps)
-    connection.send(time.perf_counter() - began)
+def make_peer(shape: Shape, name: str) -> Run:
+  """Returns what runs N steps of a peer."""
+  kind, dtype, *_ = name.split()
+  return (
+    make_ours(shape, dtype) if kind == "flaxmlm" else make_torch(shape, name)
+  )
 
 
 def has_bfloat16() -> bool:
@@ -194,9 +186,9 @@ def make_rows(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   )
 
 
-def make_ours(shape: Shape) -> Run:
+def make_ours(shape: Shape, dtype: str = "float32") -> Run:
   """Returns what runs N of our steps."""
-  train_step, arguments, _ = make_step(shape)
+  train_step, arguments, _ = make_step(shape, dtype)
   state, *rest = arguments()
 
   def run(steps: int) -> None:

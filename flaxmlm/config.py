@@ -343,7 +343,7 @@ def _parse(text: str, key: Key) -> Any:
     return text
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     try:
       return float(text)
     except ValueError:
@@ -417,11 +417,12 @@ def _checked(value: Any, key: Key) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-  return (
-    isinstance(value, (int, float))
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-  )
+  if not isinstance(value, (int, float)) or isinstance(value, bool):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # an integer that no float holds
+    return False
 
 
 def validate(
@@ -571,8 +572,6 @@ def _validate_mesh(
     need(fits, f"{shown} doesn't fit {devices} devices")
     for name in free:
       sizes[name] = devices // known
-  elif free and free[0] != "tensor":
-    return
   rows = c.train.batch_size // c.train.microbatches
   # With the rest unknown, only the known part of data x fsdp can be checked.
   ways = math.prod(max(sizes[name], 1) for name in ("data", "fsdp"))
@@ -665,6 +664,7 @@ def parse(
     InputError: See `load` and `validate`.
   """
   from flaxmlm.interop.families import is_folder
+  from flaxmlm.training.chain import newest_step
 
   args, overrides = parser.parse_known_args(argv)
   path, workdir = args.config, getattr(args, "workdir", None) or ""
@@ -677,11 +677,11 @@ def parse(
   goes_on = any(
     o.startswith("--config.train.continue_from=") for o in overrides
   )
-  if path is None and workdir and not given:
+  # A phase that has saved nothing begins anew, from what is said this time.
+  anew = goes_on and newest_step(workdir) is None
+  if path is None and workdir and not given and not anew:
     path = os.path.join(workdir, "config.json")
-    if not os.path.isfile(path) and goes_on:
-      path = None
-    elif not os.path.isfile(path):
+    if not os.path.isfile(path):
       raise InputError(
         f"{workdir} has no run (no config.json there); name a config by"
         " --config=FILE, like configs/quickstart.py, or another --workdir"
@@ -770,8 +770,13 @@ def _take_folder(
 ) -> ConfigDict:
   """Returns the config with the model and tokenizer of a Hugging Face folder."""
   theirs = _read_architecture(folder)
-  ours = {k: values[k] for k in stated if values[k] is not None}
-  _check_architecture(ours, theirs, folder, ())
+  for name in [n for n in KEYS if n.startswith("model.") and n in stated]:
+    own = theirs.get(name, KEYS[name].default)
+    if values[name] not in (None, own):
+      raise InputError(
+        f"{name}={values[name]!r}, but {folder} has {own!r}, and is taken as it"
+        " is; leave the key out"
+      )
   for name, key in KEYS.items():
     if name.startswith("tokenizer."):
       theirs[name] = key.default
@@ -792,7 +797,7 @@ def _read_architecture(folder: str) -> dict[str, Any]:
       data = json.load(file)
     except ValueError as error:
       raise InputError(f"{path}: not JSON: {error}") from error
-  if "model_type" in data:
+  if isinstance(data, dict) and "model_type" in data:
     from flaxmlm.interop.families import read_config
 
     found = read_config(data, folder)[1]
@@ -834,12 +839,15 @@ def _take_run(
   path = os.path.join(run, "config.json")
   theirs = to_flat(from_json(path))
   theirs["model.init_from"] = None  # its parameters are the run's now
-  if theirs["data.store"] is None:
+  named = theirs["data.store"]
+  if named is None:
     theirs["data.store"] = os.path.join(run, "store")
-  # A whole config of before states every key; these two at None say nothing.
-  unsaid = {
-    name for name in ("data.store", "tokenizer.path") if values[name] is None
-  }
+  own_tokenizer = os.path.join(run, "tokenizer")
+  # A whole config of before states every key; with these values, two of them
+  # say nothing.
+  unsaid = {"data.store"} if values["data.store"] is None else set()
+  if values["tokenizer.path"] in (None, own_tokenizer):
+    unsaid.add("tokenizer.path")
   stated = set(stated) - unsaid
   ours = {name: values[name] for name in stated}
   result = theirs | ours
@@ -866,7 +874,14 @@ def _take_run(
     for name in {*text, *tokenizer} - set(stated):
       result[name] = KEYS[name].default
     tokenizer = []
-  elif any(result[name] != theirs[name] for name in text):
+  elif changed := [name for name in text if result[name] != theirs[name]]:
+    unknown = named is not None and theirs["data.source"] == "embedded"
+    if unknown and "data.source" not in stated:
+      raise InputError(
+        f"{changed[0]}={result[changed[0]]!r} asks for a new store, but {run}"
+        f" had data.store={named} and may not name its text; set data.source"
+        " too, or data.store"
+      )
     result["data.store"] = None
   for name in ("optimizer.name", *tokenizer):
     if result[name] != theirs[name]:
@@ -875,7 +890,7 @@ def _take_run(
         f" on with its {name.split('.')[0]}: leave the key out"
       )
   if result["data.store"] is None and "tokenizer.path" not in stated:
-    result["tokenizer.path"] = os.path.join(run, "tokenizer")
+    result["tokenizer.path"] = own_tokenizer
   if result["train.steps"] <= step:
     raise InputError(
       f"train.steps={result['train.steps']}: {run} has done {step} already, and"

@@ -13,9 +13,14 @@ import contextlib
 import json
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 from flaxmlm import InputError, config
 from flaxmlm.interop import families
+from flaxmlm.training.chain import newest_step
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,9 +37,10 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("--json", metavar="FILE", help="write the figures here")
   args, c = config.parse(parser, argv, huggingface=True)
-  is_run = os.path.isdir(os.path.join(args.workdir, "checkpoints"))
-  if not is_run and not families.is_folder(args.workdir):
+  is_run = not families.is_folder(args.workdir)
+  if is_run and newest_step(args.workdir) is None:
     raise InputError(f"{args.workdir}: no checkpoint there yet; train first")
+  check_model(args.workdir, c)
   if not is_run and args.source is None:
     raise InputError(
       f"{args.workdir} is a Hugging Face folder, without a validation split;"
@@ -119,6 +125,21 @@ def main(argv: list[str] | None = None) -> None:
       step = {"step": m.step} if is_run else {}
       json.dump(step | {"rows": rows_used} | values, file, indent=2)
       file.write("\n")
+
+
+def check_model(folder: str, c: ConfigDict) -> None:
+  """Raises InputError if a key asks for another model than the folder's."""
+  own, names = config.defaults(), ["train.dtype"]
+  if not families.is_folder(folder):  # of those, the config has been checked
+    own = config.from_json(os.path.join(folder, "config.json"))
+    names += [name for name in config.KEYS if name.startswith("model.")]
+  asked, there = config.to_flat(c), config.to_flat(own)
+  for name in names:
+    if asked[name] != there[name]:
+      raise InputError(
+        f"{name}={asked[name]!r}: {folder} is measured as it is, with"
+        f" {there[name]!r}; leave the key out"
+      )
 
 
 if __name__ == "__main__":

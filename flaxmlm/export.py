@@ -128,7 +128,7 @@ def read_phases(folder: str) -> list[model_card.Phase]:
   """Returns what a workdir knows of its run, and of those that it went on from.
 
   Of a Hugging Face folder that is nothing. The store and the metrics of a phase
-  may have gone.
+  may have gone; a store that isn't the one it was trained on says nothing.
   """
   from flaxmlm.data.store import MANIFEST, read_manifest
   from flaxmlm.interop import huggingface, model_card
@@ -142,7 +142,9 @@ def read_phases(folder: str) -> list[model_card.Phase]:
     store = c.data.store or os.path.join(phase.workdir, "store")
     manifest = None
     if os.path.exists(os.path.join(store, MANIFEST)):
-      manifest, _ = read_manifest(store)
+      found, digest = read_manifest(store)
+      # Another one may have been made there since.
+      manifest = found if phase.store in (None, digest) else None
     lines = metrics.read(os.path.join(phase.workdir, "metrics.jsonl"))
     phases.append(
       model_card.Phase(

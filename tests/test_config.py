@@ -84,6 +84,8 @@ def test_weights_are_a_tuple_of_floats():
     (["mesh.data=3"], "doesn't fit 8 devices"),
     (["mesh.data=-1", "mesh.fsdp=-1"], "only one axis"),
     (["mesh.tensor=0"], "0 devices"),
+    (["train.steps={[]}"], "wants an integer"),
+    ([f"seed=1{'0' * 400}"], "wants an integer"),
     (["optimizer.warmup_steps=10", "train.steps=5"], "more than train.steps"),
     (
       ["objective.mask_share=0.9", "objective.random_share=0.2"],
@@ -109,6 +111,21 @@ def test_batches_are_checked_against_the_devices_there_are():
   with pytest.raises(InputError, match="8 devices"):
     config.validate(c, devices=8)
   config.validate(c, devices=4)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    (["mesh.tensor=5"], "mesh.tensor=5 doesn't divide model.heads=12"),
+    (["mesh.fsdp=3"], "doesn't divide by the 3 devices"),
+  ],
+)
+def test_what_no_number_of_devices_fits_is_refused(
+  monkeypatch, overrides, words
+):
+  monkeypatch.delenv("XLA_FLAGS")  # nobody says how many there are
+  with pytest.raises(InputError, match=words):
+    load(*overrides)
 
 
 @pytest.mark.parametrize(

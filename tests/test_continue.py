@@ -477,7 +477,49 @@ def test_another_tokenizer_is_refused_before_a_store_is_made(folder, run):
 
 
 @pytest.mark.slow
-def test_what_isnt_set_is_the_runs_even_in_a_file(run, file):
+def test_a_phase_that_saved_nothing_begins_from_its_line(folder, run, tmp_path):
+  text = folder / "docs.txt"
+  line = (f"train.continue_from={run}", "train.steps=13")
+  first = parse(*line, "data.source=embedded", "seed=3")
+  (tmp_path / "config.json").write_text(config.to_json(first))
+  again = parse(*line, f"data.source={text}", workdir=tmp_path)
+  assert config.differences(parse(*line, f"data.source={text}"), again) == []
+
+
+@pytest.mark.slow
+def test_a_phase_that_saved_nothing_is_found_in_its_workdir(run, tmp_path):
+  c = parse(
+    f"train.continue_from={run}", "train.steps=13", "data.cleaning.min_chars=9"
+  )
+  assert c.tokenizer.path == f"{run}/tokenizer"
+  (tmp_path / "config.json").write_text(config.to_json(c))
+  assert config.differences(c, parse(workdir=tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_other_cleaning_of_a_text_that_isnt_known_is_refused(
+  folder, run, tmp_path
+):
+  stored = tmp_path / "stored"
+  shutil.copytree(run, stored)
+  values = config.to_flat(config.from_json(str(run / "config.json")))
+  values |= {"data.store": f"{run}/store", "data.source": "embedded"}
+  text = config.to_json(config.check_keys(values, where="test"))
+  (stored / "config.json").write_text(text)
+  line = (f"train.continue_from={stored}", "train.steps=13")
+  assert parse(*line).data.store == f"{run}/store"
+  longer = "data.cleaning.min_chars=20"
+  with pytest.raises(
+    InputError, match=r"min_chars=20 asks .* set data\.source"
+  ):
+    parse(*line, longer)
+  assert (
+    parse(*line, longer, f"data.source={folder}/docs.txt").data.store is None
+  )
+
+
+@pytest.mark.slow
+def test_what_isnt_set_is_the_runs(run):
   c = parse(f"train.continue_from={run}", "train.steps=13")
   want = config.from_json(str(run / "config.json"))
   changed = {line.split(":")[0] for line in config.differences(want, c)}

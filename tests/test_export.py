@@ -485,7 +485,12 @@ def test_fill_mask_answers_from_the_folder_as_from_the_run(run):
     (
       "evaluate",
       ["--source=x", "--config=configs/quickstart.py"],
-      "has 2; leave the key out",
+      "has 2, and is taken as it is; leave the key out",
+    ),
+    (
+      "evaluate",
+      ["--source=x", "--config.train.dtype=bfloat16"],
+      "is measured as it is, with 'float32'; leave the key out",
     ),
     ("preview", [], "is a Hugging Face folder, and no run is there"),
     (

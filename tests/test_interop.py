@@ -143,6 +143,17 @@ def test_what_we_dont_have_is_refused_by_name(folder, keys, message):
       {"layer_types": ["sliding_attention", "full_attention"]},
       "full attention at layers",
     ),
+    ({"layer_types": 5}, "layer_types=5: wants a list"),
+    (
+      {"layer_types": None, "global_attn_every_n_layers": 0},
+      "global_attn_every_n_layers=0: wants a number above 0",
+    ),
+    ({"rope_parameters": [1]}, r"rope_parameters=\[1\]: wants an object"),
+    ({"rope_parameters": {"rope_theta": 5.0}}, "wants full_attention and"),
+    (
+      {"rope_parameters": {"full_attention": {"rope_theta": "x"}}},
+      "global_rope_theta='x': wants a number above 0",
+    ),
   ],
 )
 def test_what_modernbert_doesnt_have_is_refused_by_name(

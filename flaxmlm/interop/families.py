@@ -297,9 +297,10 @@ def is_folder(path: str) -> bool:
     return False
   with open(config, encoding="utf-8") as file:
     try:
-      return "model_type" in json.load(file)
+      data = json.load(file)
     except ValueError:
       return False
+  return isinstance(data, dict) and "model_type" in data
 
 
 def read_config(
@@ -371,6 +372,8 @@ def _read_rope(
   every = theirs.get("global_attn_every_n_layers", 3)
   types = theirs.get("layer_types")
   if types is not None:
+    if not isinstance(types, list):
+      raise InputError(f"{where}: layer_types={types!r}: wants a list")
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     every = full[1] if len(full) > 1 else max(layers, 1)
     if full != list(range(0, layers, every)):
@@ -378,11 +381,25 @@ def _read_rope(
         f"{where}: layer_types has full attention at layers {full}; only"
         " every n-th from the first is supported"
       )
+  if not _is_usable(every, 3, zero=False):
+    raise InputError(
+      f"{where}: global_attn_every_n_layers={every!r}: wants a number above 0"
+    )
   if theirs.get("rope_scaling") is not None:
     raise InputError(
       f"{where}: rope_scaling={theirs['rope_scaling']!r} isn't supported"
     )
   ropes = theirs.get("rope_parameters") or {}
+  kinds = ("full_attention", "sliding_attention")
+  if not isinstance(ropes, dict) or not all(
+    isinstance(ropes.get(kind) or {}, dict) for kind in kinds
+  ):
+    raise InputError(f"{where}: rope_parameters={ropes!r}: wants an object")
+  if ropes and not any(kind in ropes for kind in kinds):
+    raise InputError(
+      f"{where}: rope_parameters={ropes!r} isn't supported: wants"
+      f" {' and '.join(kinds)}"
+    )
   result = {"global_attn_every_n_layers": every}
   for ours, kind, default in (
     ("global_rope_theta", "full_attention", 160_000.0),
@@ -394,7 +411,10 @@ def _read_rope(
         f"{where}: rope_type={rope['rope_type']!r} isn't supported"
       )
     theta = rope.get("rope_theta", theirs.get(ours))
-    result[ours] = float(default if theta is None else theta)
+    theta = default if theta is None else theta
+    if not _is_usable(theta, default, zero=False):
+      raise InputError(f"{where}: {ours}={theta!r}: wants a number above 0")
+    result[ours] = float(theta)
   return result
 
 

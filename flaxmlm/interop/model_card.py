@@ -21,7 +21,8 @@ class Phase(NamedTuple):
     config: Its resolved config, nested, with every key.
     first_step: Steps done before it, of all phases.
     last_step: Steps done at its end.
-    manifest: Of its token store; None if that isn't there any more.
+    manifest: Of its token store; None if that isn't there any more. Then the
+      keys of its config say how the text was cleaned, unless a store was named.
     metrics: Lines of its metrics.jsonl; none if that isn't there any more.
   """
 
@@ -152,7 +153,8 @@ def _data(phase: Phase) -> dict[str, str]:
       "tokens": f"{train['tokens']:,} for training, {held_out['tokens']:,}"
       " held out",
     }
-  facts["cleaning"] = ", ".join(f"{k}={v}" for k, v in cleaning.items())
+  if data["store"] is None or manifest is not None:
+    facts["cleaning"] = ", ".join(f"{k}={v}" for k, v in cleaning.items())
   return facts
 
 

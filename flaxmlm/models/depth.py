@@ -46,6 +46,8 @@ def run_layers(
       scanned.
     period: After so many layers, the rest repeats itself.
   """
+  if not layers:
+    return x
   if layers[0].is_initializing():
     for number, layer in enumerate(layers, first):
       x = layer(x, *context, number)
