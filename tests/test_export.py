@@ -489,7 +489,11 @@ def test_fill_mask_answers_from_the_folder_as_from_the_run(run):
     ),
     (
       "evaluate",
-      ["--source=x", "--config.train.dtype=bfloat16"],
+      [
+        "--source=x",
+        "--config.data.row_length=64",
+        "--config.train.dtype=bfloat16",
+      ],
       "is measured as it is, with 'float32'; leave the key out",
     ),
     ("preview", [], "is a Hugging Face folder, and no run is there"),
