@@ -37,7 +37,7 @@ from flaxmlm.inference import loading
 from flaxmlm.inference.loading import LoadedModel
 from flaxmlm.interop import families, huggingface
 from flaxmlm.models import Inputs
-from flaxmlm.objectives import Example, masked
+from flaxmlm.objectives import Example, hiding
 from flaxmlm.training import optimizers
 
 CONFIGS = 20
@@ -364,7 +364,7 @@ def make_step(m: LoadedModel) -> tuple[Callable[..., Any], Any]:
   optimizer = optimizers.make_optimizer(ADAMW, steps=STEPS)
 
   def loss(params: Any, example: Example) -> jax.Array:
-    sums = masked.loss(m.model, params, example, None)
+    sums = hiding.make_loss(1.0)(m.model, params, example, None)
     return sums["nll"] / sums["weight"]
 
   @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)

@@ -223,7 +223,10 @@ def make_step(
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   model = models.build(c.model, vocab_size=V, dtype=dtype)
   objective = objectives.build(
-    c.objective, row_length=L, vocab=SPECIALS | {"size": V}
+    c.objective,
+    row_length=L,
+    vocab=SPECIALS | {"size": V},
+    steps=c.train.steps,
   )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
   init, places = make_init(model, optimizer, mesh)

@@ -102,8 +102,11 @@ KEYS: dict[str, Key] = {
   "model.norm_eps": Key(1e-12, float, "Epsilon of LayerNorm.", low=1e-20, high=1),
   "model.init_stddev": Key(0.02, float, "Standard deviation of the truncated-normal init.", low=0, high=10),
 
-  "objective.name": Key("masked", str, "What is hidden and asked.", choices=("masked",)),
+  "objective.name": Key("masked", str, "What is hidden and asked (docs/objectives.md): tokens, whole words, n-grams of up to 3 words, spans of up to 10.", choices=("masked", "ngram", "span", "whole_word")),
   "objective.rate": Key(0.15, float, "Share of the tokens of a row that is to be predicted.", low=0.001, high=1),
+  "objective.rate_end": Key(None, float, "That share at the end of the run, in a hundred stairs from `objective.rate`; validation keeps the first. None: it stays.", low=0.001, high=1, optional=True),
+  "objective.rate_schedule": Key("linear", str, "How the share gets to `objective.rate_end`.", choices=("cosine", "linear")),
+  "objective.temperature": Key(1.0, float, "Temperature τ of the loss: of softmax(logits / τ).", low=0.01, high=100),
   "objective.mask_share": Key(0.8, float, "Share of the chosen tokens that is replaced by [MASK].", low=0, high=1),
   "objective.random_share": Key(0.1, float, "Share of the chosen tokens that is replaced by a random token; the rest is kept.", low=0, high=1),
 

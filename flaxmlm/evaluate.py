@@ -96,7 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     eval_step = make_eval_step(
       m.model,
       objectives.build(
-        c.objective, row_length=c.data.row_length, vocab=store.vocab
+        c.objective,
+        row_length=c.data.row_length,
+        vocab=store.vocab,
+        steps=c.train.steps,
       ),
       mesh=mesh,
       params_sharding=places,

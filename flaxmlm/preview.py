@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     c.objective,
     row_length=c.data.row_length,
     vocab=store.vocab,
+    steps=c.train.steps,
   )
   _, step_key = run_keys(c.seed)
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
   @jax.jit
   def corrupt(step: int, batch: Batch) -> Example:
     keys, _ = row_keys(step_key, step, batch.example)
-    return objective.corrupt(keys, batch)
+    return objective.corrupt(keys, batch, step)
 
   console = Console()
   console.print(legend(tokenizer.tokens([store.vocab["mask"]])[0]))

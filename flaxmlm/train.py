@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
   mesh = sharding.make_mesh(**c.mesh)
   model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
-  objective = objectives.build(c.objective, row_length=L, vocab=store.vocab)
+  objective = objectives.build(
+    c.objective, row_length=L, vocab=store.vocab, steps=c.train.steps
+  )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
   init, state_sharding = make_init(model, optimizer, mesh)
   train_step = make_train_step(

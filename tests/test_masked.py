@@ -9,7 +9,7 @@ import pytest
 
 from flaxmlm import objectives
 from flaxmlm.models import Model
-from flaxmlm.objectives import Batch, masked
+from flaxmlm.objectives import Batch, hiding
 from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.training.step import row_keys
 
@@ -20,6 +20,9 @@ OPTIONS = {
   "rate": 0.15,
   "mask_share": 0.8,
   "random_share": 0.1,
+  "rate_end": None,
+  "rate_schedule": "linear",
+  "temperature": 1.0,
 }
 
 
@@ -48,13 +51,16 @@ def rows(count: int, seed: int = 0) -> Batch:
 @functools.cache
 def make_corrupt(rate: float):
   objective = objectives.build(
-    OPTIONS | {"rate": rate}, row_length=L, vocab=SPECIALS | {"size": V}
+    OPTIONS | {"rate": rate},
+    row_length=L,
+    vocab=SPECIALS | {"size": V},
+    steps=100,
   )
 
   @jax.jit
   def run(batch: Batch, step):
     keys, _ = row_keys(jax.random.key(5), step, batch.example)
-    return objective.corrupt(keys, batch)
+    return objective.corrupt(keys, batch, step)
 
   return run
 
@@ -152,7 +158,7 @@ def test_new_steps_and_new_examples_bring_new_masks():
 
 def test_budget_rounds_as_python_does_in_float64():
   # 0.15 * 10 is 1.5 in float64 and more than that in float32.
-  table = masked.budgets(1000, 0.15)
+  table = hiding.budgets(1000, 0.15)
   assert [int(x) for x in table[1:]] == [
     max(1, round(0.15 * n)) for n in range(1, 1001)
   ]
@@ -172,7 +178,7 @@ def test_loss_is_the_cross_entropy_of_the_used_slots():
     token_types=0,
   )
   given = jax.tree.map(jnp.asarray, example)
-  sums = masked.loss(model, {}, given, None)
+  sums = hiding.make_loss(1.0)(model, {}, given, None)
   x = logits.astype(np.float64)
   p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
   nll = correct = 0.0

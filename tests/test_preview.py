@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flaxmlm import objectives, preview
+from flaxmlm import config, objectives, preview
 from flaxmlm.models.model import Inputs
 from flaxmlm.objectives import Batch, Example
 
@@ -129,9 +129,10 @@ def test_objects_are_the_rows_and_json():
 def test_counts_of_what_the_objective_really_draws():
   V, L = 500, 128
   objective = objectives.build(
-    {"name": "masked", "rate": 0.15, "mask_share": 0.8, "random_share": 0.1},
+    config.defaults().objective,
     row_length=L,
     vocab=SPECIALS | {"size": V},
+    steps=1,
   )
   rng = np.random.default_rng(0)
   ids = rng.integers(5, V, (64, L)).astype(np.int32)
@@ -140,7 +141,7 @@ def test_counts_of_what_the_objective_really_draws():
   flags = ones.astype(np.uint8)
   batch = Batch(ids, ones, ones, flags, np.arange(64, dtype=np.int32))
   keys = jax.random.split(jax.random.key(0), 64)
-  example = jax.device_get(jax.jit(objective.corrupt)(keys, batch))
+  example = jax.device_get(jax.jit(objective.corrupt)(keys, batch, 0))
   kinds = []
   for row in preview.objects(batch, example, step=0):
     hidden = preview.hidden(row, mask=MASK)

@@ -52,7 +52,10 @@ def parts(c, devices: int, *, fsdp: int = 1, tensor: int = 1):
   )
   model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
   objective = objectives.build(
-    c.objective, row_length=L, vocab=SPECIALS | {"size": V}
+    c.objective,
+    row_length=L,
+    vocab=SPECIALS | {"size": V},
+    steps=c.train.steps,
   )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
   schedule = optimizers.make_schedule(
@@ -169,7 +172,7 @@ def test_masks_are_the_same_bit_for_bit_on_any_mesh():
     @jax.jit
     def corrupt(rows, objective=objective):
       keys, _ = row_keys(jax.random.key(1), jnp.int32(3), rows.example)
-      return objective.corrupt(keys, rows)
+      return objective.corrupt(keys, rows, jnp.int32(3))
 
     shown.append(jax.tree.leaves(jax.device_get(corrupt(rows))))
   for other in shown[1:]:
@@ -183,7 +186,7 @@ def test_gradient_is_that_of_the_formula_in_float64():
   state = init(jax.random.key(0))
   rows = Batch(*map(jnp.asarray, batch(0)))
   keys, _ = row_keys(jax.random.key(1), jnp.int32(0), rows.example)
-  example = objective.corrupt(keys, rows)
+  example = objective.corrupt(keys, rows, jnp.int32(0))
 
   def ours(params):
     sums = objective.loss(model, params, example, None)

@@ -38,18 +38,20 @@ class Example(NamedTuple):
     slots: Positions in the row that are asked about, ascending.
     targets: The original token at each slot.
     weights: Weight of each slot in the loss; 0 where a slot is not used.
+    counts: Numbers a row that are added up and logged by name.
   """
 
   inputs: Inputs
   slots: Int[Array, "B M"]
   targets: Int[Array, "B M"]
   weights: Float[Array, "B M"]
+  counts: Mapping[str, Float[Array, " B"]] = {}
 
 
 class Objective(NamedTuple):
   """See the folder's docstring; `slots` is M."""
 
-  corrupt: Callable[[Key[Array, " B"], Batch], Example]
+  corrupt: Callable[[Key[Array, " B"], Batch, Int[Array, ""]], Example]
   loss: Callable[[Model, Params, Example, Key[Array, " B"] | None], Sums]
   slots: int
 

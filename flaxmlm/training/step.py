@@ -88,7 +88,7 @@ def make_train_step(
     state: State, batch: Batch, key: Key[Array, ""]
   ) -> tuple[State, Sums]:
     corrupt_keys, dropout_keys = row_keys(key, state.step, batch.example)
-    example = objective.corrupt(corrupt_keys, batch)
+    example = objective.corrupt(corrupt_keys, batch, state.step)
     total = jnp.maximum(jnp.sum(example.weights), 1.0)
 
     def objective_loss(
@@ -197,7 +197,7 @@ def _fixed_example(objective: Objective, batch: Batch) -> Example:
   """Corrupts rows by their number alone, the same in every run."""
   first = jnp.zeros((), jnp.int32)
   corrupt_keys, _ = row_keys(jax.random.key(0), first, batch.example)
-  return objective.corrupt(corrupt_keys, batch)
+  return objective.corrupt(corrupt_keys, batch, first)
 
 
 def run_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:

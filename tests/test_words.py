@@ -1,0 +1,153 @@
+"""Words, n-grams and spans against their definitions in plain Python."""
+
+import jax
+import numpy as np
+import pytest
+from test_masked import SPECIALS, L, V, rows
+
+from flaxmlm import config, objectives
+from flaxmlm.objectives import Batch, ngram, span, words
+
+WORDS = ("whole_word", "ngram", "span")
+SHARES = {"whole_word": (1.0,), "ngram": ngram.SHARES, "span": span.SHARES}
+
+
+def with_words(batch: Batch, seed: int = 0) -> Batch:
+  """The rows, with words of 1 to 5 tokens."""
+  random = np.random.default_rng(seed)
+  starts = random.random(batch.ids.shape) < 0.4
+  return batch._replace(flags=starts.astype(np.uint8))
+
+
+def is_maskable(batch: Batch) -> np.ndarray:
+  special = np.isin(batch.ids, list(SPECIALS.values()))
+  return (batch.segments > 0) & ~special
+
+
+def list_words(flags, maskable) -> list[tuple[list[int], int]]:
+  """Returns each word's places, and the number of its run."""
+  found, run = [], 0
+  for place in np.flatnonzero(maskable):
+    alone = place == 0 or not maskable[place - 1]
+    run += alone
+    if alone or flags[place] & 1:
+      found.append(([], run))
+    found[-1][0].append(int(place))
+  return found
+
+
+def choose(found, order, lengths, budget) -> dict[int, int]:
+  """The definition: the number of each chosen place's span."""
+  taken, chosen, left, number = set(), {}, budget, 0
+  for first in order:
+    best = 0
+    for n in range(1, lengths[first] + 1):
+      there = range(first, first + n)
+      if (
+        first + n <= len(found)
+        and all(found[w][1] == found[first][1] for w in there)
+        and not taken & set(there)
+        and sum(len(found[w][0]) for w in there) <= left
+      ):
+        best = n
+    if best:
+      number += 1
+      for w in range(first, first + best):
+        taken.add(w)
+        left -= len(found[w][0])
+        chosen |= dict.fromkeys(found[w][0], number)
+  return chosen
+
+
+@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("rate", [0.01, 0.15, 0.9])
+def test_spans_are_those_of_the_definition(name, rate):
+  batch = with_words(rows(60))
+  maskable = is_maskable(batch)
+  budgets = np.array(
+    [max(1, round(rate * n)) if n else 0 for n in maskable.sum(1)], np.int32
+  )
+  keys = jax.random.split(jax.random.key(1), 60)
+  got = jax.device_get(
+    words.pick_words(
+      keys, words.find_words(batch, maskable), budgets, SHARES[name]
+    )
+  )
+  too_long = words.count_too_long(words.find_words(batch, maskable), budgets)
+  for row in range(60):
+    found = list_words(batch.flags[row], maskable[row])
+    order_key, length_key = jax.random.split(keys[row])
+    bits = np.asarray(jax.random.bits(order_key, (L,), "uint32"))[: len(found)]
+    drawn = np.asarray(jax.random.uniform(length_key, (L,)))
+    ends = np.cumsum(SHARES[name])[:-1].astype(np.float32)
+    lengths = 1 + np.searchsorted(ends, drawn, side="right")
+    order = np.argsort(bits >> 1, kind="stable")
+    want = choose(found, order, lengths, budgets[row])
+    assert {p: n for p, n in enumerate(got[row].tolist()) if n} == want
+    assert too_long[row] == sum(len(w) > budgets[row] for w, _ in found)
+
+
+def make(name: str, **options):
+  objective = objectives.build(
+    config.defaults().objective.to_dict() | {"name": name} | options,
+    row_length=L,
+    vocab=SPECIALS | {"size": V},
+    steps=100,
+  )
+  return jax.jit(objective.corrupt)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_no_word_is_hidden_in_part_and_the_budget_is_kept(name):
+  batch = with_words(rows(300))
+  keys = jax.random.split(jax.random.key(2), 300)
+  example = jax.device_get(make(name)(keys, batch, 0))
+  maskable, full = is_maskable(batch), 0
+  for row in range(300):
+    slots = set(example.slots[row][example.weights[row] > 0].tolist())
+    found = list_words(batch.flags[row], maskable[row])
+    for word, _ in found:
+      assert slots >= set(word) or not slots & set(word)
+    budget = max(1, round(0.15 * maskable[row].sum())) if found else 0
+    assert len(slots) <= budget
+    full += len(slots) == budget
+  assert full > 250
+
+
+def test_a_span_is_masked_replaced_or_kept_as_a_whole():
+  batch = with_words(rows(3000))
+  keys = jax.random.split(jax.random.key(3), 3000)
+  maskable = is_maskable(batch)
+  example = jax.device_get(make("span")(keys, batch, 0))
+  budgets = np.array(
+    [max(1, round(0.15 * n)) if n else 0 for n in maskable.sum(1)], np.int32
+  )
+  pick_keys = jax.vmap(jax.random.split)(keys)[:, 0]
+  spans = jax.device_get(
+    words.pick_words(
+      pick_keys, words.find_words(batch, maskable), budgets, span.SHARES
+    )
+  )
+  counts = np.zeros(3)
+  for row in range(3000):
+    for number in range(1, spans[row].max() + 1):
+      where = spans[row] == number
+      shown, original = example.inputs.ids[row][where], batch.ids[row][where]
+      masked = shown == SPECIALS["mask"]
+      assert masked.all() or not masked.any()
+      kinds = [masked.all(), not masked.any() and (shown != original).any()]
+      counts[kinds.index(True) if any(kinds) else 2] += 1
+  shares = counts / counts.sum()
+  # A random token is the original one by chance, rarely.
+  assert np.abs(shares - [0.8, 0.1, 0.1]).max() < 0.02
+
+
+def test_a_rate_that_changes_does_so_in_exact_stairs():
+  batch = with_words(rows(50))
+  keys = jax.random.split(jax.random.key(4), 50)
+  maskable = is_maskable(batch).sum(1)
+  run = make("masked", rate=0.3, rate_end=0.1)
+  for step, rate in ((0, 0.3), (50, 0.2), (100, 0.1)):
+    example = jax.device_get(run(keys, batch, step))
+    want = [max(1, round(rate * n)) if n else 0 for n in maskable]
+    assert example.weights.sum(1).tolist() == want
