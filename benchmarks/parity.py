@@ -217,7 +217,9 @@ def compare_exported(m: LoadedModel, rows: Rows) -> float:
   init = jax.jit(m.model.init, compiler_options=QUICK_COMPILE)
   params = jax.device_get(init(jax.random.key(0)))
   named = {"pad": m.pad, "cls": 1, "sep": 2}
-  written = families.write_config(options, vocab_size=m.vocab_size, ids=named)
+  written = families.write_config(
+    options, vocab_size=m.vocab_size, ids=named, heads=m.params
+  )
   again = families.read_config(written, "")[1]
   assert again == options, f"{again} is not {options}"
   with tempfile.TemporaryDirectory() as folder:
@@ -356,7 +358,15 @@ def for_us(m: LoadedModel, rows: Rows) -> Example:
   slots = np.argsort(rows.labels < 0, axis=1, kind="stable").astype(np.int32)
   targets = np.take_along_axis(rows.labels, slots, axis=1)
   weights = (targets >= 0).astype(np.float32)
-  return Example(inputs, slots, np.maximum(targets, 0), weights)
+  return Example(
+    inputs,
+    slots,
+    np.maximum(targets, 0),
+    weights,
+    units=np.zeros_like(slots),
+    counts={},
+    flags=np.zeros(rows.ids.shape, np.uint8),
+  )
 
 
 def make_step(m: LoadedModel) -> tuple[Callable[..., Any], Any]:
@@ -364,7 +374,9 @@ def make_step(m: LoadedModel) -> tuple[Callable[..., Any], Any]:
   optimizer = optimizers.make_optimizer(ADAMW, steps=STEPS)
 
   def loss(params: Any, example: Example) -> jax.Array:
-    sums = hiding.make_loss(1.0)(m.model, params, example, None)
+    hidden = m.model.encode(params, example.inputs, None)
+    logits = hiding.predict_slots(m.model, params, hidden, example)
+    sums = hiding.add_up(logits, example, temperature=1.0)
     return sums["nll"] / sums["weight"]
 
   @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)

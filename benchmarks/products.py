@@ -84,6 +84,7 @@ def list_products(
     c.objective,
     row_length=shape.length,
     vocab=SPECIALS | {"size": shape.vocab},
+    steps=1,
   )
   M, N = shape.rows * objective.slots, shape.layers
   widening = 2 if shape.family == "modernbert" else 1

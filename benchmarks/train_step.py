@@ -229,7 +229,7 @@ def make_step(
     steps=c.train.steps,
   )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
-  init, places = make_init(model, optimizer, mesh)
+  init, places = make_init(model.init, optimizer, mesh)
   train_step = make_train_step(
     model,
     objective,
@@ -248,7 +248,7 @@ def make_step(
     rows = sharding.put_rows(mesh, batch)
     return init(jax.random.key(0)), rows, jax.random.key(1)
 
-  return train_step, arguments, model.flops(L, objective.slots) * B
+  return train_step, arguments, objective.flops(model, L) * B
 
 
 def make_torch(shape: Shape, name: str) -> Run:

@@ -43,6 +43,10 @@ class Key(NamedTuple):
   optional: bool = False
 
 
+# What `objective.name` may name: what hides tokens, and asks about pairs.
+TOKEN_OBJECTIVES = ("masked", "ngram", "replaced_token", "span", "whole_word")
+PAIR_OBJECTIVES = ("next_sentence", "sentence_order")
+
 # fmt: off
 KEYS: dict[str, Key] = {
   "seed": Key(0, int, "Seed of everything that is drawn: parameters, order, masks, dropout.", low=0, high=2**31 - 1),
@@ -102,11 +106,15 @@ KEYS: dict[str, Key] = {
   "model.norm_eps": Key(1e-12, float, "Epsilon of LayerNorm.", low=1e-20, high=1),
   "model.init_stddev": Key(0.02, float, "Standard deviation of the truncated-normal init.", low=0, high=10),
 
-  "objective.name": Key("masked", str, "What is hidden and asked (docs/objectives.md): tokens, whole words, n-grams of up to 3 words, spans of up to 10.", choices=("masked", "ngram", "span", "whole_word")),
+  "objective.name": Key("masked", "strings", "What is hidden and asked (docs/objectives.md): tokens (`masked`), words (`whole_word`), n-grams of up to 3 words (`ngram`), spans of up to 10 (`span`), or ELECTRA's `replaced_token`; beside one of these, as a tuple, a question about pairs. Pairs alone have `masked` beside them.", choices=(*TOKEN_OBJECTIVES, *PAIR_OBJECTIVES)),
+  "objective.weights": Key((), "floats", "Weight of each of `objective.name` in the loss. Empty: 1.", low=0),
   "objective.rate": Key(0.15, float, "Share of the tokens of a row that is to be predicted.", low=0.001, high=1),
   "objective.rate_end": Key(None, float, "That share at the end of the run, in a hundred stairs from `objective.rate`; validation keeps the first. None: it stays.", low=0.001, high=1, optional=True),
   "objective.rate_schedule": Key("linear", str, "How the share gets to `objective.rate_end`.", choices=("cosine", "linear")),
   "objective.temperature": Key(1.0, float, "Temperature τ of the loss: of softmax(logits / τ).", low=0.01, high=100),
+  "objective.span_boundary": Key(False, bool, "SpanBERT: whether each token of a span is also asked of the two tokens around the span."),
+  "objective.generator_size": Key(0.25, float, "ELECTRA: width, heads and feed-forward of the generator, as a share of the model's.", low=0.01, high=1),
+  "objective.discriminator_weight": Key(50.0, float, "ELECTRA: weight of the discriminator's loss; the generator's is 1.", low=0),
   "objective.mask_share": Key(0.8, float, "Share of the chosen tokens that is replaced by [MASK].", low=0, high=1),
   "objective.random_share": Key(0.1, float, "Share of the chosen tokens that is replaced by a random token; the rest is kept.", low=0, high=1),
 
@@ -407,10 +415,11 @@ def _checked(value: Any, key: Key) -> Any:
       numbers = (value,)
   if not good:
     raise ValueError(f"wants {_kind(key)}")
-  if key.choices and value not in key.choices:
-    near = difflib.get_close_matches(str(value), key.choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"wants one of {', '.join(key.choices)}{hint}")
+  for part in as_tuple(value) if key.choices else ():
+    if part not in key.choices:
+      near = difflib.get_close_matches(str(part), key.choices, n=1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise ValueError(f"wants one of {', '.join(key.choices)}{hint}")
   for number in numbers:
     if key.low is not None and number < key.low:
       raise ValueError(f"must be at least {key.low}")
@@ -500,6 +509,7 @@ def validate(
     f"data.row_length={c.data.row_length} is longer than"
     f" model.max_positions={c.model.max_positions}",
   )
+  _validate_objective(c, need)
   need(
     c.objective.mask_share + c.objective.random_share <= 1 + 1e-9,
     "objective.mask_share + objective.random_share is more than 1",
@@ -559,6 +569,56 @@ def validate(
       importlib.util.find_spec("jieba") is not None,
       "tokenizer.words=jieba needs the extra zh: pip install 'flaxmlm[zh]'",
     )
+
+
+def _validate_objective(
+  c: ConfigDict, need: Callable[[bool, str], None]
+) -> None:
+  names, weights = as_tuple(c.objective.name), c.objective.weights
+  shown = f"objective.name={c.objective.name!r}"
+  for kind, of in (
+    ("hides tokens", TOKEN_OBJECTIVES),
+    ("asks about pairs", PAIR_OBJECTIVES),
+  ):
+    need(
+      sum(name in of for name in names) <= 1,
+      f"{shown}: more than one that {kind}; name one",
+    )
+  need(
+    len(weights) in (0, len(names)),
+    f"objective.weights has {len(weights)} numbers, {shown} {len(names)}",
+  )
+  need(not weights or max(weights) > 0, "objective.weights: wants one above 0")
+  need(
+    not c.objective.span_boundary or "span" in names,
+    f"objective.span_boundary wants objective.name=span, not {shown}",
+  )
+  if "replaced_token" in names:
+    need(
+      c.model.family == "electra",
+      f"{shown} wants model.family=electra, not {c.model.family}",
+    )
+    share = c.objective.generator_size
+    sizes = {name: c.model[name] * share for name in ("width", "heads", "ffn")}
+    need(
+      all(
+        size >= 1 and abs(size - round(size)) < 1e-6 for size in sizes.values()
+      )
+      and round(sizes["width"]) % round(sizes["heads"]) == 0,
+      f"objective.generator_size={share} of model.width={c.model.width},"
+      f" model.heads={c.model.heads}, model.ffn={c.model.ffn} is no whole"
+      " number of each",
+    )
+
+
+def asks_about_pairs(c: ConfigDict) -> bool:
+  """Whether the objective wants rows of whole sentences."""
+  return any(name in PAIR_OBJECTIVES for name in as_tuple(c.objective.name))
+
+
+def wants_others(c: ConfigDict) -> bool:
+  """Whether the objective wants, beside a row, one of another document."""
+  return "next_sentence" in as_tuple(c.objective.name)
 
 
 def _validate_mesh(

@@ -76,31 +76,47 @@ def main(argv: list[str] | None = None) -> None:
         ),
         os.path.join(folder, "store"),
       )
-      plan = rows.load(store, "train", c.data.row_length)
+      plan = rows.load(
+        store,
+        "train",
+        c.data.row_length,
+        sentences=config.asks_about_pairs(c),
+      )
 
     import jax
     import numpy as np
 
     from flaxmlm import load, objectives
-    from flaxmlm.objectives import Batch
+    from flaxmlm.objectives import as_batch
     from flaxmlm.training import loop, metrics, sharding
     from flaxmlm.training.step import make_eval_step
 
     m = load(args.workdir)
-    if "mlm" not in m.params:
-      raise InputError(f"{args.workdir}: has no MLM head; nothing to measure")
+    needed = jax.eval_shape(
+      lambda key: objectives.init_params(
+        key, model=m.model, options=c.objective
+      ),
+      jax.random.key(0),
+    )
+    missing = ", ".join(name for name in needed if name not in m.params)
+    if missing:
+      raise InputError(
+        f"{args.workdir}: has no {missing}; nothing to measure of"
+        f" objective.name={c.objective.name!r}"
+      )
     # The frequencies of a Hugging Face folder's training aren't known.
     counts = (trained if is_run else store).counts
     mesh = sharding.make_mesh(**c.mesh)
     places = sharding.tree_sharding(mesh, m.params)
+    objective = objectives.build(
+      c.objective,
+      row_length=c.data.row_length,
+      vocab=store.vocab,
+      steps=c.train.steps,
+    )
     eval_step = make_eval_step(
       m.model,
-      objectives.build(
-        c.objective,
-        row_length=c.data.row_length,
-        vocab=store.vocab,
-        steps=c.train.steps,
-      ),
+      objective,
       mesh=mesh,
       params_sharding=places,
       log_unigram=metrics.log_unigram(
@@ -108,11 +124,18 @@ def main(argv: list[str] | None = None) -> None:
       ),
     )
     size = sharding.whole_rows(mesh, c.train.batch_size // c.train.microbatches)
-    every = batches.in_order(store, plan, batch_size=size, rows=args.rows)
+    every = batches.in_order(
+      store,
+      plan,
+      batch_size=size,
+      rows=args.rows,
+      others=config.wants_others(c),
+    )
     values = loop.evaluate(
       eval_step,
       jax.device_put(m.params, places),
-      (sharding.put_rows(mesh, Batch(*batch)) for batch in every),
+      (sharding.put_rows(mesh, as_batch(batch)) for batch in every),
+      shares=objective.shares,
     ) | {"eval/uniform_entropy": float(np.log(store.vocab["size"]))}
 
   rows_used = min(plan.rows, args.rows or plan.rows)

@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
   if not texts:
     raise InputError("no text; give some as arguments or on standard input")
 
-  results = load(args.workdir).fill_mask(texts, top_k=args.top_k)
+  m = load(args.workdir)
+  if "generator" in m.params:  # ELECTRA's discriminator fills in nothing
+    m = m.generator()
+  results = m.fill_mask(texts, top_k=args.top_k)
 
   if args.json is not None:
     with open(args.json, "w", encoding="utf-8") as file:

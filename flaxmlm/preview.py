@@ -19,10 +19,11 @@ from flaxmlm import InputError, config
 from flaxmlm.training.report import join
 
 if TYPE_CHECKING:
+  import numpy as np
   from rich.console import Console
   from rich.text import Text
 
-  from flaxmlm.objectives import Batch, Example
+  from flaxmlm.objectives import Example
 
 _WORD_START = 1  # in `flags`
 # What becomes of a hidden token: its colours, its sign, the sign's meaning.
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
   from flaxmlm import objectives, tokenizers
   from flaxmlm.data import batches
-  from flaxmlm.objectives import Batch
+  from flaxmlm.objectives import as_batch
   from flaxmlm.training import chain
   from flaxmlm.training.step import row_keys, run_keys
 
@@ -102,9 +103,10 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=c.train.batch_size,
         weights=c.data.weights,
         offset=phase.row_offset,
+        others=config.wants_others(c),
       )
-      example = jax.device_get(corrupt(step, Batch(*batch)))
-      for row in objects(batch, example, step=step):
+      example = jax.device_get(corrupt(step, as_batch(batch)))
+      for row in objects(example, batch.example, step=step):
         if row["row"] < args.rows:
           show(row, tokenizer.tokens, store.vocab, console)
         file.write(json.dumps(row) + "\n")
@@ -113,34 +115,41 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def objects(
-  batch: Batch, example: Example, *, step: int
+  example: Example, numbers: np.ndarray, *, step: int
 ) -> Iterator[dict[str, Any]]:
-  """Yields one JSON object a row: a batch and what the objective made of it.
+  """Yields one JSON object a row of what the objective made of a batch.
 
   Args:
-    batch: The rows as the host read them.
-    example: The same rows as the model is shown them, on the host.
+    example: The rows as the model is shown them, on the host.
+    numbers: The rows' numbers in the run [B].
     step: The batch's step.
 
   Yields:
     `step`; `row`, the index in the batch; `example`, the row's number in the
     run; lists of L: `original_ids`, `input_ids`, `segments`, `positions`,
-    `flags`; lists of M: `slots`, `targets`, `weights`, where weight 0 says that
-    a slot is not used.
+    `token_types`, `flags`; lists of M: `slots`, `targets`, `weights`, where
+    weight 0 says that a slot is not used. Of pairs `pair_label` too: 0, 1, or
+    -1 where a row has none.
   """
+  from flaxmlm.objectives import restore_ids
+
+  inputs = example.inputs
   arrays = {
-    "original_ids": batch.ids,
-    "input_ids": example.inputs.ids,
+    "original_ids": restore_ids(example),
+    "input_ids": inputs.ids,
     "slots": example.slots,
     "targets": example.targets,
     "weights": example.weights,
-    "segments": batch.segments,
-    "positions": batch.positions,
-    "flags": batch.flags,
+    "segments": inputs.segments,
+    "positions": inputs.positions,
+    "token_types": inputs.token_types,
+    "flags": example.flags,
   }
-  for row, number in enumerate(batch.example.tolist()):
-    lists = {name: array[row].tolist() for name, array in arrays.items()}
-    yield {"step": step, "row": row, "example": number, **lists}
+  if example.pairs is not None:
+    arrays["pair_label"] = example.pairs.labels
+  for row, number in enumerate(numbers.tolist()):
+    values = {name: array[row].tolist() for name, array in arrays.items()}
+    yield {"step": step, "row": row, "example": number, **values}
 
 
 def hidden(row: Mapping[str, Any], *, mask: int) -> dict[int, str]:

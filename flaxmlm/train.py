@@ -9,6 +9,7 @@ another run (docs/continue.md).
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm import models, objectives
   from flaxmlm.inference.starting import continue_from, start_from
   from flaxmlm.models.model import count_parameters
-  from flaxmlm.objectives import Batch
+  from flaxmlm.objectives import Batch, as_batch
   from flaxmlm.training import (
     chain,
     checkpoints,
@@ -95,7 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     c.objective, row_length=L, vocab=store.vocab, steps=c.train.steps
   )
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
-  init, state_sharding = make_init(model, optimizer, mesh)
+  init_params = functools.partial(
+    objectives.init_params, model=model, options=c.objective
+  )
+  init, state_sharding = make_init(init_params, optimizer, mesh)
   train_step = make_train_step(
     model,
     objective,
@@ -121,9 +125,10 @@ def main(argv: list[str] | None = None) -> None:
     model, objective, mesh=mesh, params_sharding=state_sharding.params
   )
   shard = (jax.process_index(), jax.process_count())
+  others = config.wants_others(c)
 
   def put(batch: batches.HostBatch) -> Batch:
-    return sharding.put_rows(mesh, Batch(*batch))
+    return sharding.put_rows(mesh, as_batch(batch))
 
   def batch_at(step: int) -> Batch:
     return put(
@@ -135,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=B,
         weights=c.data.weights,
         offset=phase.row_offset,
+        others=others,
         shard=shard,
       )
     )
@@ -143,25 +149,32 @@ def main(argv: list[str] | None = None) -> None:
     # As much memory as a micro-batch of training.
     size = sharding.whole_rows(mesh, B // c.train.microbatches)
     every = batches.in_order(
-      store, validation, batch_size=size, rows=c.eval.rows, shard=shard
+      store,
+      validation,
+      batch_size=size,
+      rows=c.eval.rows,
+      others=others,
+      shard=shard,
     )
-    values = loop.evaluate(eval_step, params, map(put, every))
+    values = loop.evaluate(
+      eval_step, params, map(put, every), shares=objective.shares
+    )
     return values | {"eval/uniform_entropy": float(np.log(V))}
 
   def guesses(params: Any) -> list[dict[str, Any]]:
     size = sharding.whole_rows(mesh, 4)
     some = batches.in_order(
-      store, validation, batch_size=size, rows=4, shard=shard
+      store, validation, batch_size=size, rows=4, others=others, shard=shard
     )
     batch = next(iter(some))
     shown = jax.device_get(guess_step(params, put(batch)))
-    return report.guesses(batch, *shown, tokens=tokenizer.tokens)
+    return report.guesses(*shown, tokens=tokenizer.tokens)
 
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
   shapes = state_shapes(init, state_sharding)
   peak = metrics.peak_flops(c.train.dtype)
-  flops = model.flops(L, objective.slots) * B
+  flops = objective.flops(model, L) * B
   train_rows = sum(plan.rows for plan in plans)
   steps = c.train.steps - phase.first_step
   facts = {
@@ -246,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         peak=peak,
         tokens_before=sum(phase.tokens for phase in before),
       ),
+      shares=objective.shares,
     )
   checkpointer.close()
 
@@ -438,10 +452,45 @@ def open_data(
     raise InputError(
       f"data.weights has {len(weights)} numbers, the store {len(texts)} sources"
     )
-  L = c.data.row_length
+  check_flags(store, c)
+  L, sentences = c.data.row_length, config.asks_about_pairs(c)
   sources = range(len(weights)) if weights else [None]
-  plans = [rows.load(store, "train", L, source=s) for s in sources]
-  return store, plans, rows.load(store, "validation", L)
+  plans = [
+    rows.load(store, "train", L, source=s, sentences=sentences) for s in sources
+  ]
+  return store, plans, rows.load(store, "validation", L, sentences=sentences)
+
+
+def check_flags(store: TokenStore, c: ConfigDict) -> None:
+  """Raises InputError if an objective wants borders that a store has not.
+
+  The first million tokens are looked at.
+  """
+  import numpy as np
+
+  from flaxmlm.data.store import SENTENCE_START, WORD_START
+
+  flags, offsets = store.train.flags[: 1 << 20], store.train.offsets
+  asked = f"objective.name={c.objective.name!r}"
+  if config.asks_about_pairs(c):
+    first = flags[offsets[offsets < len(flags)]]
+    inner = np.count_nonzero(flags & SENTENCE_START) - np.count_nonzero(
+      first & SENTENCE_START
+    )
+    if inner == 0:
+      raise InputError(
+        f"{asked}: no document of {store.folder} has two sentences; make a"
+        " store of longer ones, by data.document=file or paragraph"
+      )
+  if {"ngram", "span", "whole_word"} & set(config.as_tuple(c.objective.name)):
+    words = max(np.count_nonzero(flags & WORD_START), 1)
+    length, budget = len(flags) / words, c.objective.rate * c.data.row_length
+    if length > budget:
+      raise InputError(
+        f"{asked}: {store.folder} has {length:.0f} tokens a word, more than the"
+        f" {budget:.0f} that are hidden of a row; make a store with words, for"
+        " Chinese by tokenizer.words=jieba"
+      )
 
 
 def check_spec(spec: Mapping[str, Any], c: ConfigDict) -> None:

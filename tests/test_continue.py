@@ -430,7 +430,7 @@ def test_a_run_that_has_gone_on_is_noticed(run):
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   model = models.build(c.model, vocab_size=300, dtype="float32")
   optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
-  shapes = state_shapes(*make_init(model, optimizer, mesh))
+  shapes = state_shapes(*make_init(model.init, optimizer, mesh))
   state = starting.continue_from(str(run), shapes, mesh, print, step=12)
   assert int(state.step) == 12
   with pytest.raises(InputError, match="of step 12, not 10 any more"):

@@ -33,7 +33,9 @@ def folder(tmp_path):
   """A folder of a small BERT, and its parameters."""
   params = random_params(OPTIONS, vocab_size=50)
   ids = {"pad": 0, "cls": 1, "sep": 2}
-  written = families.write_config(OPTIONS, vocab_size=50, ids=ids)
+  written = families.write_config(
+    OPTIONS, vocab_size=50, ids=ids, heads=("mlm",)
+  )
   huggingface.save(str(tmp_path), params, written, OPTIONS)
   return tmp_path
 
@@ -161,7 +163,9 @@ def test_what_modernbert_doesnt_have_is_refused_by_name(
 ):
   options = OPTIONS | {"family": "modernbert", "norm_eps": 1e-5}
   ids = {"pad": 0, "cls": 1, "sep": 2}
-  written = families.write_config(options, vocab_size=50, ids=ids)
+  written = families.write_config(
+    options, vocab_size=50, ids=ids, heads=("mlm",)
+  )
   (tmp_path / "config.json").write_text(json.dumps(written | keys))
   with pytest.raises(InputError, match=message):
     load(str(tmp_path))

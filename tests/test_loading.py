@@ -36,7 +36,9 @@ def loaded(tmp_path_factory):
     jax.eval_shape(model.init, jax.random.key(0)),
   )
   ids = {"pad": 0, "cls": 2, "sep": 3}
-  written = families.write_config(OPTIONS, vocab_size=V, ids=ids)
+  written = families.write_config(
+    OPTIONS, vocab_size=V, ids=ids, heads=("mlm",)
+  )
   huggingface.save(str(folder), params, written, OPTIONS)
   return load(str(folder))
 
@@ -53,7 +55,7 @@ def test_lengths_are_rounded_up_to_powers_of_two_and_between():
   sizes = sorted([2**i for i in range(11)] + [3 * 2**i for i in range(9)])
   for n in range(1, 1025):
     least = min(size for size in sizes if size >= n)
-    assert loading._round_up(n, halves=True) == least
+    assert loading._round_up(n) == least
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 17), (2, 33), (1, L)])

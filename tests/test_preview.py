@@ -31,6 +31,7 @@ ROW = {
   "weights": [1.0, 1.0, 1.0, 0.0],
   "segments": [1] * 5 + [2] * 4 + [0] * 2,
   "positions": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0],
+  "token_types": [0] * 11,
   "flags": [1, 3, 1, 0, 1, 1, 1, 1, 1, 0, 0],
 }
 
@@ -118,8 +119,11 @@ def test_objects_are_the_rows_and_json():
   example = Example(
     Inputs(shown, batch.segments, batch.positions, np.zeros_like(shown)),
     *(np.array([ROW[name]] * 2) for name in ("slots", "targets", "weights")),
+    units=np.zeros((2, 4), np.int32),
+    counts={},
+    flags=batch.flags,
   )
-  found = list(preview.objects(batch, example, step=3))
+  found = list(preview.objects(example, batch.example, step=3))
   assert json.loads(json.dumps(found[0])) == ROW | {"row": 0}
   assert found[1]["row"] == 1
   assert found[1]["example"] == 78
@@ -143,7 +147,7 @@ def test_counts_of_what_the_objective_really_draws():
   keys = jax.random.split(jax.random.key(0), 64)
   example = jax.device_get(jax.jit(objective.corrupt)(keys, batch, 0))
   kinds = []
-  for row in preview.objects(batch, example, step=0):
+  for row in preview.objects(example, batch.example, step=0):
     hidden = preview.hidden(row, mask=MASK)
     changed = np.flatnonzero(ids[row["row"]] != row["input_ids"])
     assert {p for p, kind in hidden.items() if kind != "kept"} == set(changed)

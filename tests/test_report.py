@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from flaxmlm.objectives import Batch, Example
+from flaxmlm.objectives import Example
 from flaxmlm.training import report
 
 BASELINES = {"eval/unigram_entropy": 6.03, "eval/uniform_entropy": 7.62}
@@ -297,15 +297,16 @@ def test_guesses_leave_out_unused_slots_and_rows_of_padding():
   ids = np.array([[0, 5, 6, 1], [9, 9, 9, 9]], np.int32)
   segments = np.array([[1, 1, 1, 1], [0, 0, 0, 0]], np.int32)
   flat = np.zeros_like(ids)
-  batch = Batch(ids, segments, flat, flat.astype(np.uint8), np.arange(2))
   example = Example(
-    None,
+    Inputs(ids, segments, flat, flat),
     np.array([[2, 0], [0, 0]]),
     np.array([[6, 0], [0, 0]]),
     np.array([[1.0, 0.0], [0.0, 0.0]], np.float32),
+    units=flat[:, :2],
+    counts={},
+    flags=flat.astype(np.uint8),
   )
   found = report.guesses(
-    batch,
     example,
     np.full((2, 2, 2), 0.25, np.float32),
     np.array([[[6, 5], [7, 7]], [[8, 8], [8, 8]]]),

@@ -1,5 +1,7 @@
 """Words, n-grams and spans against their definitions in plain Python."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,18 @@ from flaxmlm.objectives import Batch, ngram, span, words
 
 WORDS = ("whole_word", "ngram", "span")
 SHARES = {"whole_word": (1.0,), "ngram": ngram.SHARES, "span": span.SHARES}
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def run(keys, batch, maskable, budgets, shares):
+  found = words.find_words(batch, maskable)
+  spans = words.pick_words(keys, found, budgets, shares)
+  return spans, words.count_too_long(found, budgets)
+
+
+def pick(*args):
+  """Spans and words that are too long, of whole rows."""
+  return jax.device_get(run(*args))
 
 
 def with_words(batch: Batch, seed: int = 0) -> Batch:
@@ -68,12 +82,7 @@ def test_spans_are_those_of_the_definition(name, rate):
     [max(1, round(rate * n)) if n else 0 for n in maskable.sum(1)], np.int32
   )
   keys = jax.random.split(jax.random.key(1), 60)
-  got = jax.device_get(
-    words.pick_words(
-      keys, words.find_words(batch, maskable), budgets, SHARES[name]
-    )
-  )
-  too_long = words.count_too_long(words.find_words(batch, maskable), budgets)
+  got, too_long = pick(keys, batch, maskable, budgets, SHARES[name])
   for row in range(60):
     found = list_words(batch.flags[row], maskable[row])
     order_key, length_key = jax.random.split(keys[row])
@@ -123,11 +132,7 @@ def test_a_span_is_masked_replaced_or_kept_as_a_whole():
     [max(1, round(0.15 * n)) if n else 0 for n in maskable.sum(1)], np.int32
   )
   pick_keys = jax.vmap(jax.random.split)(keys)[:, 0]
-  spans = jax.device_get(
-    words.pick_words(
-      pick_keys, words.find_words(batch, maskable), budgets, span.SHARES
-    )
-  )
+  spans, _ = pick(pick_keys, batch, maskable, budgets, span.SHARES)
   counts = np.zeros(3)
   for row in range(3000):
     for number in range(1, spans[row].max() + 1):
@@ -146,8 +151,77 @@ def test_a_rate_that_changes_does_so_in_exact_stairs():
   batch = with_words(rows(50))
   keys = jax.random.split(jax.random.key(4), 50)
   maskable = is_maskable(batch).sum(1)
-  run = make("masked", rate=0.3, rate_end=0.1)
+  corrupt = make("masked", rate=0.3, rate_end=0.1)
   for step, rate in ((0, 0.3), (50, 0.2), (100, 0.1)):
-    example = jax.device_get(run(keys, batch, step))
+    example = jax.device_get(corrupt(keys, batch, step))
     want = [max(1, round(rate * n)) if n else 0 for n in maskable]
     assert example.weights.sum(1).tolist() == want
+
+
+@pytest.mark.parametrize(
+  ("name", "mean", "published"),
+  [
+    ("ngram", 18 / 11, [6 / 11, 3 / 11, 2 / 11]),
+    # Joshi et al.: a mean of 3.8, so lengths beyond 10 are drawn anew.
+    ("span", 3.8, [0.2 * 0.8**n / (1 - 0.8**10) for n in range(10)]),
+  ],
+)
+def test_lengths_are_those_of_the_paper(name, mean, published):
+  lengths = np.arange(1, len(published) + 1)
+  assert abs(lengths @ published - mean) < 0.005
+  n = 30_000
+  batch = Batch(
+    *(np.full((n, L), value, np.int32) for value in (10, 1, 0)),
+    np.ones((n, L), np.uint8),
+    np.arange(n),
+  )
+  keys = jax.random.split(jax.random.key(5), n)
+  budget = np.full(n, 10, np.int32)
+  got, _ = pick(keys, batch, batch.segments > 0, budget, SHARES[name])
+  # The first span of a row is as long as was drawn, if the row goes on so far.
+  first = np.argmax(got == 1, axis=1)
+  seen = (got == 1).sum(1)[first <= L - 10]
+  counts = np.bincount(seen, minlength=len(published) + 1)[1:]
+  expected = len(seen) * np.array(published)
+  freedom = len(published) - 1
+  chi2 = ((counts - expected) ** 2 / expected).sum()
+  assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_every_word_is_as_likely_and_none_for_its_neighbours():
+  n = 40_000
+  batch = Batch(
+    *(np.full((n, L), value, np.int32) for value in (10, 1, 0)),
+    np.ones((n, L), np.uint8),
+    np.arange(n),
+  )
+  keys = jax.random.split(jax.random.key(6), n)
+  budget = np.full(n, 10, np.int32)
+  got = pick(keys, batch, batch.segments > 0, budget, (1.0,))[0] > 0
+  share = 10 / L
+  spread = np.sqrt(n * share * (1 - share))
+  assert np.abs(got.sum(0) - n * share).max() < 5 * spread
+  # Two neighbours together as often as any two: 10 · 9 / (64 · 63).
+  both = (got[:, 1:] & got[:, :-1]).sum()
+  want = n * (L - 1) * share * 9 / (L - 1)
+  assert abs(both - want) < 5 * np.sqrt(want)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_odd_rows(name):
+  """A row that is one long word, an empty one, padding alone."""
+  batch = rows(4)
+  ids, segments = batch.ids.copy(), batch.segments.copy()
+  flags = np.zeros((4, L), np.uint8)
+  ids[1], segments[1] = 10, 1
+  ids[1, [0, -1]] = SPECIALS["cls"], SPECIALS["sep"]
+  ids[2, 2:], segments[2, 2:] = SPECIALS["pad"], 0
+  ids[2, :2], segments[2, :2] = [SPECIALS["cls"], SPECIALS["sep"]], 1
+  odd = batch._replace(ids=ids, segments=segments, flags=flags)
+  keys = jax.random.split(jax.random.key(7), 4)
+  example = jax.device_get(make(name)(keys, odd, 0))
+  assert example.weights[:3].sum() == 0
+  assert example.counts["words_too_long"].tolist()[:3] == [0, 1, 0]
+  np.testing.assert_array_equal(example.inputs.ids[:3], ids[:3])
+  whole = jax.device_get(make(name, rate=1.0)(keys, odd, 0))
+  assert whole.weights[1].sum() == L - 2

@@ -42,6 +42,7 @@ class HostBatch(NamedTuple):
   positions: np.ndarray  # int32 [B, L]; from 0 in each piece; 0 in padding
   flags: np.ndarray  # uint8 [B, L]; store.WORD_START | store.SENTENCE_START
   example: np.ndarray  # int32 [B]; number of the row use, for the mask keys
+  other: HostBatch | None = None  # rows of other documents, if asked for
 
 
 def at(
@@ -53,6 +54,7 @@ def at(
   batch_size: int,
   weights: Sequence[float] = (),
   offset: int = 0,
+  others: bool = False,
   shard: tuple[int, int] = (0, 1),
 ) -> HostBatch:
   """Returns the batch of a step, or this host's part of it.
@@ -70,6 +72,8 @@ def at(
     weights: Relative shares of the plans, rounded to 1/4096, at least that.
     offset: Row use that step 0 begins with; less than 0 if the order begins at
       a later step.
+    others: Whether each row is to have one of another document beside it, any
+      of them as likely, of the same plan.
     shard: (index, count): which block of B / count rows to read.
 
   Returns:
@@ -77,7 +81,8 @@ def at(
     number of the row use, modulo 2^31: no two uses of a row share it.
 
   Raises:
-    InputError: A plan has no rows; the hosts don't divide the batch.
+    InputError: A plan has no rows; the hosts don't divide the batch; another
+      document is asked for, and there is only one.
   """
   plans = (plans,) if isinstance(plans, RowPlan) else tuple(plans)
   index, count = shard
@@ -95,19 +100,23 @@ def at(
     offset + step * batch_size + index * size + np.arange(size, dtype=np.int64)
   )
   example = (use % 2**31).astype(np.int32)
-  if len(plans) == 1:
-    rows = row_at(plans[0].rows, use, seed=seed)
-    return _read(store, plans[0], rows, example)
 
+  def read(plan: RowPlan, use: np.ndarray, stream: int, example: np.ndarray):
+    rows = row_at(plan.rows, use, seed=seed, stream=stream)
+    order = mix(np.uint64(seed + (stream << 32)) ^ _ODD)
+    key = mix(order ^ use.view(np.uint64)) if others else None
+    return _read_with(store, plan, rows, example, key)
+
+  if len(plans) == 1:
+    return read(plans[0], use, 0, example)
   source, rank = _source_at(use, tuple(weights))
-  parts = []
-  for number, plan in enumerate(plans):
-    mine = np.flatnonzero(source == number)
-    rows = row_at(plan.rows, rank[mine], seed=seed, stream=number)
-    parts.append((mine, _read(store, plan, rows, example[mine])))
-  places = np.argsort(np.concatenate([mine for mine, _ in parts]))
-  fields = zip(*(part for _, part in parts), strict=True)
-  return HostBatch(*(np.concatenate(field)[places] for field in fields))
+  where = [np.flatnonzero(source == number) for number in range(len(plans))]
+  parts = [
+    read(plan, rank[mine], number, example[mine])
+    for number, (plan, mine) in enumerate(zip(plans, where, strict=True))
+  ]
+  places = np.argsort(np.concatenate(where))
+  return _join(parts, places)
 
 
 def in_order(
@@ -116,6 +125,7 @@ def in_order(
   *,
   batch_size: int,
   rows: int | None = None,
+  others: bool = False,
   shard: tuple[int, int] = (0, 1),
 ) -> Iterator[HostBatch]:
   """Yields the first rows of a plan in its order, each once: for evaluation.
@@ -128,6 +138,7 @@ def in_order(
     plan: The plan.
     batch_size: B of the global batch.
     rows: How many rows at most; None: all.
+    others: As of `at`.
     shard: (index, count): which block of B / count rows of each batch to read.
   """
   index, count = shard
@@ -139,12 +150,16 @@ def in_order(
   end = plan.rows if rows is None else min(rows, plan.rows)
   for first in range(0, end, batch_size):
     numbers = first + index * size + np.arange(size)
-    real = numbers < end
-    part = _read(store, plan, numbers[real], numbers[real].astype(np.int32))
-    missing = int(size - real.sum())
-    if missing:
-      fill = _empty(store, plan, numbers[~real])
-      part = HostBatch(*map(np.concatenate, zip(part, fill, strict=True)))
+    real = numbers[numbers < end]
+    # Rows in the order of the text are no fair sample.
+    which = row_at(plan.rows, real, seed=0) if plan.sentences else real
+    key = mix(real.view(np.uint64)) if others else None
+    part = _read_with(store, plan, which, real.astype(np.int32), key)
+    missing = numbers[numbers >= end]
+    if len(missing):
+      fill = _empty(store, plan, missing)
+      fill = fill._replace(other=fill) if others else fill
+      part = _join([part, fill], np.arange(size))
     yield part
 
 
@@ -210,6 +225,53 @@ def _cycle(
   ranks = ragged(np.zeros(len(counts), np.int64), counts)
   order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
   return sources[order], ranks[order], counts
+
+
+def _join(parts: Sequence[HostBatch], places: np.ndarray) -> HostBatch:
+  """Returns the rows of several batches in another order."""
+  other = None
+  if parts[0].other is not None:
+    other = _join([part.other for part in parts], places)
+  fields = zip(*(part[:-1] for part in parts), strict=True)
+  return HostBatch(*(np.concatenate(f)[places] for f in fields), other)
+
+
+def _read_with(
+  store: TokenStore,
+  plan: RowPlan,
+  rows: np.ndarray,
+  example: np.ndarray,
+  key: np.ndarray | None,
+) -> HostBatch:
+  """Reads rows, and beside each one of another document that a key chooses."""
+  part = _read(store, plan, rows, example)
+  if key is None:
+    return part
+  others = _choose_others(store, plan, rows, key)
+  return part._replace(other=_read(store, plan, others, example))
+
+
+def _choose_others(
+  store: TokenStore, plan: RowPlan, rows: np.ndarray, key: np.ndarray
+) -> np.ndarray:
+  """Returns for each row one of another document, each as likely.
+
+  A document's rows are neighbours in a plan of whole sentences: what is chosen
+  is a number among the rest.
+  """
+  offsets = getattr(store, plan.split).offsets
+  number = np.searchsorted(offsets, plan.piece_start[rows], side="right")
+  begin, end = np.searchsorted(
+    plan.piece_start, [offsets[number - 1], offsets[number]]
+  )
+  rest = plan.rows - (end - begin)
+  if len(rest) and rest.min() == 0:
+    raise InputError(
+      f"the {plan.split} split is one document, and the objective wants rows of"
+      " another one; make a store with more (data.document=paragraph)"
+    )
+  found = (key % rest.astype(np.uint64)).astype(np.int64)
+  return found + np.where(found >= begin, end - begin, 0)
 
 
 def _read(

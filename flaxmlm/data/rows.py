@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxmlm import InputError
-from flaxmlm.data.store import TokenStore
+from flaxmlm.data.store import SENTENCE_START, TokenStore
 
 SPECIALS = 2  # [CLS] and [SEP] of each piece
 _BLOCK = 1 << 18  # documents that are looked at together
+_FLAGS_BLOCK = 1 << 24  # tokens
 _VERSION = 2  # of the planner; part of a cached plan's name
 
 
@@ -32,7 +33,8 @@ class RowPlan(NamedTuple):
   """The rows of a split; R rows, P pieces.
 
   Row r holds the pieces `row_start[r]` to `row_start[r + 1]`. A piece is the
-  tokens `piece_start` to `piece_start + piece_length` of the split's ids.
+  tokens `piece_start` to `piece_start + piece_length` of the split's ids. Rows
+  of whole `sentences` hold one piece each, in the order of the text.
   """
 
   split: str
@@ -40,6 +42,7 @@ class RowPlan(NamedTuple):
   row_start: np.ndarray  # int64 [R + 1]
   piece_start: np.ndarray  # int64 [P]
   piece_length: np.ndarray  # int32 [P], without [CLS] and [SEP]
+  sentences: bool = False
 
   @property
   def rows(self) -> int:
@@ -84,6 +87,66 @@ def plan(
   piece_start = np.empty_like(starts)
   piece_start[np.argsort(piece_length, kind="stable")] = starts
   return RowPlan(split, row_length, row_start, piece_start, piece_length)
+
+
+def plan_sentences(
+  offsets: np.ndarray,
+  starts: np.ndarray,
+  row_length: int,
+  *,
+  split: str = "train",
+) -> RowPlan:
+  """Puts whole sentences of one document into each row, as many as fit.
+
+  A row is one piece, and has room for one more [SEP]: it is to become a pair.
+  The rows are in the order of the text.
+
+  Args:
+    offsets: As of `plan`.
+    starts: int64, ascending: where sentences begin, between the first and the
+      last of `offsets`.
+    row_length: L, at least 4. A sentence that is longer than L - 3 is cut.
+    split: Name of the split, kept in the plan.
+
+  Returns:
+    The plan; it has no rows if there are no tokens.
+  """
+  room = row_length - SPECIALS - 1
+  if room < 1:
+    raise InputError(f"data.row_length={row_length} has no room for a token")
+  offsets = np.asarray(offsets, np.int64)
+  borders = np.union1d(starts, offsets)
+  begin, end = offsets[:-1], offsets[1:]
+  begins, lengths = [], []
+  # A turn cuts the next row off every document that goes on.
+  while len(begin):
+    limit = np.minimum(begin + room, end)
+    stop = borders[np.searchsorted(borders, limit, side="right") - 1]
+    stop = np.where(stop > begin, stop, limit)
+    begins.append(begin)
+    lengths.append(stop - begin)
+    begin, end = stop[stop < end], end[stop < end]
+  piece_start = np.concatenate([*begins, np.zeros(0, np.int64)])
+  piece_length = np.concatenate([*lengths, np.zeros(0, np.int64)])
+  order = np.argsort(piece_start)
+  order = order[piece_length[order] > 0]
+  return RowPlan(
+    split,
+    row_length,
+    np.arange(len(order) + 1),
+    piece_start[order],
+    piece_length[order].astype(np.int32),
+    sentences=True,
+  )
+
+
+def find_sentences(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+  """Returns where sentences begin in the documents of offsets, ascending."""
+  found = [np.zeros(0, np.int64)]
+  for first in range(int(offsets[0]), int(offsets[-1]), _FLAGS_BLOCK):
+    block = flags[first : min(first + _FLAGS_BLOCK, int(offsets[-1]))]
+    found.append(np.flatnonzero(block & SENTENCE_START) + first)
+  return np.concatenate(found)
 
 
 def predict_fill(offsets: np.ndarray, row_length: int) -> float:
@@ -134,6 +197,7 @@ def load(
   row_length: int,
   *,
   source: int | None = None,
+  sentences: bool = False,
 ) -> RowPlan:
   """Returns the plan of a split, from the store's folder where it is kept.
 
@@ -147,18 +211,20 @@ def load(
     row_length: L.
     source: Only documents of this source (an index into the store's sources):
       for sources with weights. None: all of them.
+    sentences: Whether rows are of whole sentences: see `plan_sentences`.
   """
   offsets = getattr(store, split).offsets
   if source is not None:
     ends = np.searchsorted(getattr(store, split).sources, [source, source + 1])
     offsets = offsets[ends[0] : ends[1] + 1]
   which = "all" if source is None else str(source)
+  which += "-sentences" * sentences
   folder = os.path.join(
     store.folder,
     "rows",
     f"{split}-{row_length}-{which}-{store.hash[:16]}-v{_VERSION}",
   )
-  names = RowPlan._fields[2:]
+  names = ("row_start", "piece_start", "piece_length")
   if os.path.isdir(folder):
     try:
       arrays = [
@@ -166,11 +232,16 @@ def load(
         for name in names
       ]
       # Plain views: indexing a np.memmap object costs several times as much.
-      return RowPlan(split, row_length, *(a.view(np.ndarray) for a in arrays))
+      views = (a.view(np.ndarray) for a in arrays)
+      return RowPlan(split, row_length, *views, sentences)
     except (OSError, ValueError, EOFError) as error:
       print(f"{folder}: damaged ({error}); made again")
       shutil.rmtree(folder, ignore_errors=True)
-  made = plan(offsets, row_length, split=split)
+  if sentences:
+    starts = find_sentences(getattr(store, split).flags, offsets)
+    made = plan_sentences(offsets, starts, row_length, split=split)
+  else:
+    made = plan(offsets, row_length, split=split)
   with contextlib.suppress(OSError):
     _keep(folder, {name: getattr(made, name) for name in names})
   return made

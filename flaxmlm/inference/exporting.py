@@ -26,15 +26,20 @@ def write_folder(
   """Writes config, weights, tokenizer and card into an empty folder.
 
   Args:
-    m: With a tokenizer and an MLM head.
+    m: With a tokenizer. A head that the family's folders can't have is left
+      out.
     folder: Is there.
     tokenizer_json: See `tokenizers.exporting.to_json`.
     card: README.md.
   """
   vocab, options = m.tokenizer.vocab, m.config["model"]
   ids = {role: getattr(vocab, role) for role in _ROLES}
-  config = families.write_config(options, vocab_size=m.vocab_size, ids=ids)
-  huggingface.save(folder, m.params, config, options)
+  heads = families.heads_of(options["family"])
+  params = {k: v for k, v in m.params.items() if k in ("encoder", *heads)}
+  config = families.write_config(
+    options, vocab_size=m.vocab_size, ids=ids, heads=params
+  )
+  huggingface.save(folder, params, config, options)
   tokens = {
     f"{role}_token": name
     for role, name in zip(_ROLES, m.tokenizer.tokens(ids.values()), strict=True)
@@ -63,6 +68,8 @@ def check_logits(
 ) -> float:
   """Loads a folder and compares its logits with a model's.
 
+  They are those of the MLM head, or of the discriminator.
+
   Args:
     m: The model, whatever its compute dtype: float32 is compared.
     folder: Of `write_folder`.
@@ -81,7 +88,11 @@ def check_logits(
   whole = dataclasses.replace(m, model=same)
   worst = 0.0
   for number, row in enumerate(rows, 1):
-    difference = np.abs(whole.logits(row[None]) - again.logits(row[None]))
+    ours, theirs = (
+      one.logits(row[None]) if "mlm" in m.params else one.detect(row[None])
+      for one in (whole, again)
+    )
+    difference = np.abs(ours - theirs)
     if not difference.max() <= TOLERANCE:
       raise InputError(
         f"{folder}: its logits differ by {difference.max():.2g} in row"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from flaxmlm import InputError, models, tokenizers
+from flaxmlm import InputError, models, objectives, tokenizers
 from flaxmlm.config import from_json
 from flaxmlm.interop import huggingface
-from flaxmlm.models import Inputs, Model
+from flaxmlm.models import Inputs, Model, electra
 from flaxmlm.models.model import Params
+from flaxmlm.objectives.replaced_token import generator_params
 from flaxmlm.tokenizers import Tokenizer
 from flaxmlm.training import checkpoints
 
@@ -25,7 +26,7 @@ MASK = "[MASK]"
 _ROWS = 32  # rows that go through the model at a time
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LoadedModel:
   """A model with its parameters, its tokenizer and the config of its run.
 
@@ -102,6 +103,37 @@ class LoadedModel:
     self._need_head("logits")
     return self._run(_logits, input_ids, attention_mask, token_type_ids)
 
+  def detect(
+    self,
+    input_ids: Int[np.ndarray, "B L"],
+    attention_mask: Int[np.ndarray, "B L"] | None = None,
+    token_type_ids: Int[np.ndarray, "B L"] | None = None,
+  ) -> Float[np.ndarray, "B L"]:
+    """Returns ELECTRA's logits, float32: above 0 where a token seems replaced.
+
+    Arguments and errors are those of `encode`.
+    """
+    if "discriminator" not in self.params:
+      raise InputError("detect: there is no discriminator in the folder")
+    return self._run(_detected, input_ids, attention_mask, token_type_ids)
+
+  def generator(self) -> LoadedModel:
+    """Returns the generator of a run of `replaced_token`, which fills in masks.
+
+    Raises:
+      InputError: There is none: it isn't such a run.
+    """
+    if "generator" not in self.params:
+      raise InputError("generator: there is none in the folder")
+    share = self.config["objective"]["generator_size"]
+    options = electra.narrow(self.config["model"], share)
+    return dataclasses.replace(
+      self,
+      config=self.config | {"model": options},
+      model=self.model.narrower(share),
+      params=generator_params(self.params),
+    )
+
   def fill_mask(
     self, texts: str | Sequence[str], top_k: int = 5
   ) -> list[dict[str, Any]] | list[Any]:
@@ -143,7 +175,10 @@ class LoadedModel:
 
   def _need_head(self, name: str) -> None:
     if "mlm" not in self.params:
-      raise InputError(f"{name}: the folder has an encoder, but no MLM head")
+      hint = "; its generator() has one" if "generator" in self.params else ""
+      raise InputError(
+        f"{name}: the folder has an encoder, but no MLM head{hint}"
+      )
 
   def _with_masks(self, text: str) -> np.ndarray:
     vocab, shown = self.tokenizer.vocab, text[:40]
@@ -224,7 +259,7 @@ class LoadedModel:
         raise InputError(f"{name}: wants 0 to {most}")
     # A few static shapes, so that few programs are compiled.
     rows = _round_up(B)
-    length = min(max(16, _round_up(L, halves=True)), options["max_positions"])
+    length = min(max(16, _round_up(L)), options["max_positions"])
     # NumPy's arrays as they are: a jitted function takes them fastest itself.
     inputs = Inputs(
       ids=_fill_up(ids, rows, length),
@@ -258,6 +293,12 @@ def _pooled(model: Model, params: Params, inputs: Inputs) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _detected(model: Model, params: Params, inputs: Inputs) -> jax.Array:
+  hidden = model.encode(params, inputs, None)
+  return model.detect(params, hidden).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _logits(model: Model, params: Params, inputs: Inputs) -> jax.Array:
   hidden = model.encode(params, inputs, None)
   return model.predict(params, hidden).astype(jnp.float32)
@@ -272,13 +313,10 @@ def _logits_at(
   return model.predict(params, hidden).astype(jnp.float32)
 
 
-def _round_up(n: int, *, halves: bool = False) -> int:
-  """Returns the next power of two, or with halves of these and 24, 48, 96 ….
-
-  n itself where it is one of them.
-  """
+def _round_up(n: int) -> int:
+  """Returns the next of 1, 2, 3, 4, 6, 8, 12, 16, 24 …; n if it is one."""
   power = 1 << (n - 1).bit_length()
-  return power * 3 // 4 if halves and n <= power * 3 // 4 else power
+  return power * 3 // 4 if 1 < n <= power * 3 // 4 else power
 
 
 def _fill_up(array: np.ndarray, rows: int, length: int) -> np.ndarray:
@@ -325,10 +363,13 @@ def load(folder: str) -> LoadedModel:
     vocab_size=tokenizer.vocab.size,
     dtype=config["train"]["dtype"],
   )
+  init_params = functools.partial(
+    objectives.init_params, model=model, options=config["objective"]
+  )
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-    jax.eval_shape(model.init, jax.random.key(0)),
+    jax.eval_shape(init_params, jax.random.key(0)),
   )
   directory = os.path.abspath(os.path.join(folder, "checkpoints"))
   step, params = checkpoints.restore_params(directory, shapes)

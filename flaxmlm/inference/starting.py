@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmlm import InputError, models
+from flaxmlm import InputError, models, objectives
 from flaxmlm.config import from_json
 from flaxmlm.inference.loading import LoadedModel, load
 from flaxmlm.inference.tiling import tile
@@ -64,10 +65,13 @@ def start_from(
   """
   m = load(folder)
   params = dict(m.params)
-  if "mlm" not in params:
-    say(f"{folder}: has no MLM head; it begins anew")
-  if params.pop("pooler", None):
-    say(f"{folder}: its pooler is left behind; nothing here would train it")
+  new = [name for name in fresh if name not in params]
+  if new:
+    say(f"{folder}: has no {', '.join(new)}; that begins anew")
+  left = [name for name in params if name not in fresh]
+  if left:
+    say(f"{folder}: {', '.join(left)} left behind; nothing here would train it")
+  params = {name: tree for name, tree in params.items() if name in fresh}
   table = params["encoder"]["embeddings"]["word"]["embedding"]
   rows = None
   if m.tokenizer is None:
@@ -138,14 +142,24 @@ def continue_from(
     step: What the state is to be the state after.
 
   Raises:
-    InputError: The run has saved nothing, has gone on since `step`, or its
-      arrays are of other shapes.
+    InputError: The run has saved nothing, has gone on since `step`, has other
+      parameters, or its arrays are of other shapes.
   """
   config = from_json(os.path.join(run, "config.json"))
   V = shapes.params["encoder"]["embeddings"]["word"]["embedding"].shape[0]
   model = models.build(config.model, vocab_size=V, dtype="float32")
+  init_params = functools.partial(
+    objectives.init_params, model=model, options=config.objective
+  )
   optimizer = make_optimizer(config.optimizer, steps=config.train.steps)
-  theirs = state_shapes(*make_init(model, optimizer, mesh))
+  theirs = state_shapes(*make_init(init_params, optimizer, mesh))
+  if set(theirs.params) != set(shapes.params):
+    raise InputError(
+      f"{run}: objective.name={config.objective.name!r} has the parameters"
+      f" {', '.join(theirs.params)}, where this run wants"
+      f" {', '.join(shapes.params)}; take the parameters alone, by"
+      " model.init_from"
+    )
   directory = os.path.abspath(os.path.join(run, "checkpoints"))
   state = checkpoints.restore_other(directory, theirs)
   if int(state.step) != step:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
@@ -22,6 +22,8 @@ class Family(NamedTuple):
 
   Attributes:
     architecture: The class with the MLM head.
+    pretraining: The class that has, beside it or instead, the heads of pairs or
+      of replaced tokens; None if there is none.
     prefix: What the encoder's names begin with there.
     modules: Our module's path, without the leaf -> its name. `{n}` is the
       number of a layer, `{g}` and `{p}` ALBERT's group and place in it. Of a
@@ -34,6 +36,7 @@ class Family(NamedTuple):
   """
 
   architecture: str
+  pretraining: str | None
   prefix: str
   modules: dict[str, str | tuple[str, int, int]]
   bias: str
@@ -116,10 +119,12 @@ _ENCODER = {
 FAMILIES: dict[str, Family] = {
   "bert": Family(
     architecture="BertForMaskedLM",
+    pretraining="BertForPreTraining",
     prefix="bert.",
     modules=_bert_like("bert.")
     | {
       "pooler/dense": "bert.pooler.dense",
+      "pair/dense": "cls.seq_relationship",
       "mlm/transform": "cls.predictions.transform.dense",
       "mlm/norm": "cls.predictions.transform.LayerNorm",
     },
@@ -130,6 +135,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "roberta": Family(
     architecture="RobertaForMaskedLM",
+    pretraining=None,
     prefix="roberta.",
     modules=_bert_like("roberta.")
     | {
@@ -144,6 +150,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "distilbert": Family(
     architecture="DistilBertForMaskedLM",
+    pretraining=None,
     prefix="distilbert.",
     modules=_under("encoder/embeddings/", "distilbert.embeddings.", _EMBEDDINGS)
     | _under(
@@ -173,6 +180,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "albert": Family(
     architecture="AlbertForMaskedLM",
+    pretraining="AlbertForPreTraining",
     prefix="albert.",
     modules=_under("encoder/embeddings/", "albert.embeddings.", _EMBEDDINGS)
     | _under(
@@ -183,6 +191,7 @@ FAMILIES: dict[str, Family] = {
     | {
       "encoder/project": "albert.encoder.embedding_hidden_mapping_in",
       "pooler/dense": "albert.pooler",
+      "pair/dense": "sop_classifier.classifier",
       "mlm/transform": "predictions.dense",
       "mlm/norm": "predictions.LayerNorm",
     },
@@ -204,12 +213,15 @@ FAMILIES: dict[str, Family] = {
   ),
   "electra": Family(
     architecture="ElectraForMaskedLM",
+    pretraining="ElectraForPreTraining",
     prefix="electra.",
     modules=_bert_like("electra.")
     | {
       "encoder/project": "electra.embeddings_project",
       "mlm/transform": "generator_predictions.dense",
       "mlm/norm": "generator_predictions.LayerNorm",
+      "discriminator/dense": "discriminator_predictions.dense",
+      "discriminator/prediction": "discriminator_predictions.dense_prediction",
     },
     bias="generator_lm_head.bias",
     decoder="generator_lm_head",
@@ -224,6 +236,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "modernbert": Family(
     architecture="ModernBertForMaskedLM",
+    pretraining=None,
     prefix="model.",
     modules={
       "encoder/embeddings/word": "model.embeddings.tok_embeddings",
@@ -418,8 +431,21 @@ def _read_rope(
   return result
 
 
+def heads_of(name: str) -> tuple[str, ...]:
+  """Returns our heads that a family's folders may have."""
+  modules = FAMILIES[name].modules
+  heads = ("mlm", "pooler", "pair", "discriminator")
+  return tuple(
+    head for head in heads if any(m.startswith(f"{head}/") for m in modules)
+  )
+
+
 def write_config(
-  options: Mapping[str, Any], *, vocab_size: int, ids: Mapping[str, int]
+  options: Mapping[str, Any],
+  *,
+  vocab_size: int,
+  ids: Mapping[str, int],
+  heads: Collection[str],
 ) -> dict[str, Any]:
   """Returns the config.json of a model of ours.
 
@@ -427,11 +453,13 @@ def write_config(
     options: The `model` keys.
     vocab_size: V.
     ids: Ids of "pad", "cls" and "sep".
+    heads: Of those of `heads_of`.
   """
   name = options["family"]
   family = FAMILIES[name]
+  further = {"pair", "discriminator"} & set(heads)
   result: dict[str, Any] = {
-    "architectures": [family.architecture],
+    "architectures": [family.pretraining if further else family.architecture],
     "model_type": name,
     "dtype": "float32",
     "vocab_size": vocab_size,

@@ -12,7 +12,13 @@ import jax
 import numpy as np
 
 from flaxmlm import InputError, models
-from flaxmlm.interop.families import CONFIG, FAMILIES, Family, read_config
+from flaxmlm.interop.families import (
+  CONFIG,
+  FAMILIES,
+  Family,
+  heads_of,
+  read_config,
+)
 from flaxmlm.interop.families import is_folder as is_folder
 from flaxmlm.models import Model
 from flaxmlm.models.model import Params
@@ -41,8 +47,7 @@ class Folder(NamedTuple):
     vocab_size: V.
     pad: The id of padding.
     model: The model of these options.
-    params: Its parameters, float32; of the heads, "mlm" and "pooler", those
-      that the folder has.
+    params: Its parameters, float32; of the heads those that the folder has.
     left: Names of tensors that were not used: heads of other tasks.
   """
 
@@ -55,7 +60,7 @@ class Folder(NamedTuple):
 
 
 def load(path: str, *, dtype: str = "float32") -> Folder:
-  """Loads the encoder of a folder, and its MLM head and pooler if it has them.
+  """Loads the encoder of a folder, and the heads that it has and we know.
 
   Args:
     path: A folder with config.json and model.safetensors, whole or in parts.
@@ -71,7 +76,7 @@ def load(path: str, *, dtype: str = "float32") -> Folder:
   family, options = read_config(theirs, path)
   vocab_size = theirs.get("vocab_size") or _no_key(path, "vocab_size")
   model = models.build(options, vocab_size=vocab_size, dtype=dtype)
-  heads = ("mlm", "pooler") if model.pool else ("mlm",)
+  heads = heads_of(options["family"])
   shapes = jax.eval_shape(lambda key: model.init(key, heads), jax.random.key(0))
   tensors = read_tensors(path)
   pad = theirs.get("pad_token_id", 1 if options["family"] == "roberta" else 0)
@@ -223,14 +228,17 @@ def _take(
     return np.ascontiguousarray(value)
 
   wanted = dict(shapes)
-  pooler = family.modules.get("pooler/dense")
-  # By what nothing else has: ModernBERT's classifiers have the transform too.
-  signs = {
-    "mlm": (family.bias, f"{family.decoder}.weight"),
-    "pooler": (f"{pooler}.weight", f"{pooler}.bias"),
-  }
   for head in set(wanted) - {"encoder"}:
-    if not any(map(find, signs[head])):
+    signs = [
+      f"{module}.{leaf}"
+      for name, module in family.modules.items()
+      for leaf in ("weight", "bias")
+      if name.startswith(f"{head}/")
+    ]
+    if head == "mlm":
+      # What nothing else has: ModernBERT's classifiers have the transform too.
+      signs = [family.bias, f"{family.decoder}.weight"]
+    if not any(map(find, signs)):
       del wanted[head]
   return jax.tree_util.tree_map_with_path(take, wanted), used
 

@@ -174,6 +174,7 @@ def _training(phase: Phase) -> dict[str, str]:
   train, objective = phase.config["train"], dict(phase.config["objective"])
   optimizer, begun = phase.config["optimizer"], phase.config["model"]
   name, B = objective.pop("name"), train["batch_size"]
+  name = name if isinstance(name, str) else " + ".join(name)
   L, steps = phase.config["data"]["row_length"], phase.last_step
   steps -= phase.first_step
   facts = {

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from flaxmlm.models.heads import DiscriminatorHead, PairHead, SpanBoundaryHead
+
 Params = dict[str, Any]
 
 
@@ -39,7 +41,8 @@ class Model(NamedTuple):
 
   Attributes:
     init: `(key, heads=("mlm",)) -> params`, `{"encoder": …, "mlm": …}`: the
-      encoder and the heads named, "mlm" and "pooler".
+      encoder and the heads named: "mlm", "pooler", "pair", "discriminator",
+      "span_boundary".
     encode: `(params, inputs, dropout_keys) -> hidden [B L D]`. One dropout key
       a row makes a row's dropout the same in any batch; None means none.
     predict: `(params, hidden [B M D]) -> logits [B M V]`, in compute dtype.
@@ -50,6 +53,13 @@ class Model(NamedTuple):
     skips_padding: Whether padding has no position of its own: tokens are
       counted from 0 over what isn't [PAD], which itself stands at -1 (RoBERTa).
     pool: `(params, hidden [B L D]) -> [B D]`; None in a family without pooler.
+    classify: `(params, hidden [B L D]) -> logits [B 2]` of the head "pair",
+      from what the pooler makes of [CLS], if there is one.
+    fill: `(params, left [B M D], right [B M D], places [B M]) -> logits
+      [B M V]` of the head "span_boundary"; see there.
+    detect: `(params, hidden [B L D]) -> logits [B L]` of the "discriminator".
+    narrower: `share -> Model`: ELECTRA's generator, as deep, with that share of
+      the width and with embeddings of this model's shapes; else None.
   """
 
   init: Callable[..., Params]
@@ -59,10 +69,12 @@ class Model(NamedTuple):
   predict: Callable[[Params, Float[Array, "B M D"]], Float[Array, "B M V"]]
   flops: Callable[[int, int], float]
   token_types: int
-  skips_padding: bool = False
-  pool: (
-    Callable[[Params, Float[Array, "B L D"]], Float[Array, "B D"]] | None
-  ) = None
+  skips_padding: bool
+  pool: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B D"]] | None
+  classify: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B 2"]]
+  fill: Callable[..., Float[Array, "B M V"]]
+  detect: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B L"]]
+  narrower: Callable[[float], Model] | None
 
 
 def assemble(
@@ -74,6 +86,7 @@ def assemble(
   token_types: int,
   skips_padding: bool = False,
   pooler: nn.Module | None = None,
+  narrower: Callable[[float], Model] | None = None,
 ) -> Model:
   """Returns the model of two Flax modules.
 
@@ -86,7 +99,16 @@ def assemble(
     token_types: See `Model`.
     skips_padding: See `Model`.
     pooler: `(hidden [B L D]) -> [B D]`.
+    narrower: See `Model`.
   """
+  o = encoder.options
+  pair = PairHead(o["init_stddev"], encoder.dtype)
+  discriminator = DiscriminatorHead(
+    o["init_stddev"], encoder.dtype, o["hidden_act"]
+  )
+  boundary = SpanBoundaryHead(
+    vocab_size, o["norm_eps"], o["init_stddev"], encoder.dtype
+  )
 
   def init(key: Key[Array, ""], heads: Sequence[str] = ("mlm",)) -> Params:
     encoder_key, mlm_key = jax.random.split(key)
@@ -102,6 +124,18 @@ def assemble(
       params["mlm"] = variables["params"]
     if "pooler" in heads:
       params["pooler"] = pooler.init(pooler_key, hidden)["params"]
+    if "pair" in heads:
+      variables = pair.init(jax.random.fold_in(mlm_key, 2), hidden[:, 0])
+      params["pair"] = variables["params"]
+    if "span_boundary" in heads:
+      key, flat = jax.random.fold_in(mlm_key, 4), hidden[0]
+      variables = boundary.init(
+        key, flat, flat, jnp.zeros(1, jnp.int32), _table(params)
+      )
+      params["span_boundary"] = variables["params"]
+    if "discriminator" in heads:
+      key = jax.random.fold_in(mlm_key, 3)
+      params["discriminator"] = discriminator.init(key, hidden[0])["params"]
     return params
 
   def encode(
@@ -123,6 +157,32 @@ def assemble(
   ) -> Float[Array, "B D"]:
     return pooler.apply({"params": params["pooler"]}, hidden)
 
+  def classify(
+    params: Params, hidden: Float[Array, "B L D"]
+  ) -> Float[Array, "B 2"]:
+    pooled = pool(params, hidden) if pooler else hidden[:, 0]
+    return pair.apply({"params": params["pair"]}, pooled)
+
+  def fill(
+    params: Params,
+    left: Float[Array, "B M D"],
+    right: Float[Array, "B M D"],
+    places: Int[Array, "B M"],
+  ) -> Float[Array, "B M V"]:
+    sides = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+    variables = {"params": params["span_boundary"]}
+    logits = boundary.apply(
+      variables, *sides, places.reshape(-1), _table(params)
+    )
+    return logits.reshape(*places.shape, vocab_size)
+
+  def detect(
+    params: Params, hidden: Float[Array, "B L D"]
+  ) -> Float[Array, "B L"]:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = discriminator.apply({"params": params["discriminator"]}, flat)
+    return logits.reshape(hidden.shape[:2])
+
   return Model(
     # Not compiled, it takes seconds.
     jax.jit(init, static_argnames="heads"),
@@ -132,6 +192,10 @@ def assemble(
     token_types,
     skips_padding,
     pool if pooler else None,
+    classify,
+    fill,
+    detect,
+    narrower,
   )
 
 

@@ -1,17 +1,8 @@
 """What is hidden from the model, and what is asked of it.
 
 An objective is a file here and one entry in `OBJECTIVES`. Its builder returns
-an `Objective`, two pure functions that run inside the jitted step:
-
-`corrupt(keys, batch, step) -> Example` takes a batch as the host sent it, one
-PRNG key a row and the step, and returns what the model reads and what it is
-asked, in static shapes. It draws for each row from that row's key alone: so a
-row is corrupted alike on any mesh, in any micro-batch and after any restart.
-
-`loss(model, params, example, dropout_keys) -> Sums` runs the model and returns
-sums over the rows, never means: `nll` (what is minimised), `weight` (what it
-is divided by) and whatever else is worth adding up. Sums of parts of a batch
-add up to those of the whole.
+an `Objective`: pure functions that run inside the jitted step. What asks about
+pairs of segments stands beside one of these, in `PAIRS`.
 """
 
 from __future__ import annotations
@@ -19,37 +10,100 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxmlm.objectives import masked, ngram, span, whole_word
+from jaxtyping import Array, Key
+
+from flaxmlm.models.model import Model, Params
+from flaxmlm.objectives import (
+  masked,
+  ngram,
+  pairs,
+  replaced_token,
+  span,
+  whole_word,
+)
 from flaxmlm.objectives.objective import (
   Batch,
   Example,
   Objective,
   Sums,
+  as_batch,
+  restore_ids,
   special_ids,
 )
 
 __all__ = [
   "OBJECTIVES",
+  "PAIRS",
   "Batch",
   "Example",
   "Objective",
   "Sums",
+  "as_batch",
   "build",
+  "init_params",
+  "names",
+  "restore_ids",
   "special_ids",
 ]
 
 OBJECTIVES = {
   "masked": masked.build,
   "ngram": ngram.build,
+  "replaced_token": replaced_token.build,
   "span": span.build,
   "whole_word": whole_word.build,
 }
+PAIRS = ("next_sentence", "sentence_order")
+
+
+def names(options: Mapping[str, Any]) -> tuple[str, str | None]:
+  """Returns what hides tokens and what asks about pairs, or None.
+
+  Pairs alone have `masked` beside them, as in the papers.
+
+  >>> names({"name": "sentence_order"})
+  ('masked', 'sentence_order')
+  >>> names({"name": ("next_sentence", "span")})
+  ('span', 'next_sentence')
+  """
+  given = options["name"]
+  given = (given,) if isinstance(given, str) else tuple(given)
+  hides = [name for name in given if name in OBJECTIVES] or ["masked"]
+  asks = [name for name in given if name in PAIRS] or [None]
+  (tokens,), (pair,) = hides, asks
+  return tokens, pair
+
+
+def init_params(
+  key: Key[Array, ""], *, model: Model, options: Mapping[str, Any]
+) -> Params:
+  """Returns the parameters that an objective needs: encoder and all heads.
+
+  Args:
+    key: The run's.
+    model: See `models.build`.
+    options: The `objective` keys.
+  """
+  tokens, pair = names(options)
+  heads = []
+  if pair is not None:
+    heads = ["pooler", "pair"] if model.pool else ["pair"]
+  if tokens == "replaced_token":
+    own = replaced_token.init_params(key, model=model, options=options)
+    return model.init(key, heads=tuple(heads)) | own
+  if options["span_boundary"]:
+    heads.append("span_boundary")
+  return model.init(key, heads=("mlm", *heads))
 
 
 def build(
-  options, *, row_length: int, vocab: Mapping[str, Any], steps: int
+  options: Mapping[str, Any],
+  *,
+  row_length: int,
+  vocab: Mapping[str, Any],
+  steps: int,
 ) -> Objective:
-  """Returns the objective of `options.name`.
+  """Returns the objective, or sum of objectives, of `options.name`.
 
   Args:
     options: The `objective` keys of the config.
@@ -58,6 +112,18 @@ def build(
       of `others`: as a token store has it.
     steps: Of the run, `train.steps`.
   """
-  return OBJECTIVES[options["name"]](
+  tokens, pair = names(options)
+  objective = OBJECTIVES[tokens](
     options, row_length=row_length, vocab=vocab, steps=steps
   )
+  if pair is not None:
+    objective = pairs.beside(objective, pair, vocab=vocab)
+  if options["weights"]:
+    weights = dict(zip(options["name"], options["weights"], strict=True))
+    objective = objective._replace(
+      shares={
+        task: share * weights[pair if task == pair else tokens]
+        for task, share in objective.shares.items()
+      }
+    )
+  return objective

@@ -50,6 +50,7 @@ each row, or fewer."""
 
 
 def make(
+  name: str,
   pick: Pick,
   options: Mapping[str, Any],
   *,
@@ -60,6 +61,7 @@ def make(
   """Returns the objective that hides what `pick` chooses.
 
   Args:
+    name: Of the task.
     pick: See `Pick`.
     options: The `objective` keys.
     row_length: L.
@@ -99,9 +101,35 @@ def make(
     inputs = Inputs(
       ids, batch.segments, batch.positions, jnp.zeros_like(batch.ids)
     )
-    return Example(inputs, slots, targets, weights, counts)
+    return Example(inputs, slots, targets, weights, units, counts, batch.flags)
 
-  return Objective(corrupt, make_loss(options["temperature"]), M)
+  def run(
+    model: Model,
+    params: Params,
+    example: Example,
+    dropout_keys: Key[Array, " B"] | None,
+  ) -> tuple[Float[Array, "B L D"], Sums]:
+    hidden = model.encode(params, example.inputs, dropout_keys)
+    logits = predict_slots(model, params, hidden, example)
+    tokens = add_up(logits, example, temperature=options["temperature"])
+    counts = {k: jnp.sum(n) for k, n in example.counts.items()}
+    return hidden, {name: tokens, "counts": counts}
+
+  def predict(
+    model: Model, params: Params, example: Example
+  ) -> Float[Array, "B M V"]:
+    hidden = model.encode(params, example.inputs, None)
+    return predict_slots(model, params, hidden, example)
+
+  return Objective(
+    shares={name: 1.0},
+    slots=M,
+    corrupt=corrupt,
+    run=run,
+    weigh=lambda example: {name: jnp.sum(example.weights)},
+    predict=predict,
+    flops=lambda model, row_length: model.flops(row_length, M),
+  )
 
 
 def make_tables(
@@ -191,25 +219,25 @@ def number(picked: Bool[Array, "B L"]) -> Int[Array, "B L"]:
   return jnp.cumsum(picked, axis=1) * picked
 
 
-def make_loss(temperature: float) -> Callable[..., Sums]:
-  """Returns `loss` of logits / temperature."""
+def predict_slots(
+  model: Model,
+  params: Params,
+  hidden: Float[Array, "B L D"],
+  example: Example,
+) -> Float[Array, "B M V"]:
+  """Returns the logits at the slots: no others are ever computed."""
+  slots = example.slots[..., None]
+  return model.predict(params, jnp.take_along_axis(hidden, slots, axis=1))
 
-  def loss(
-    model: Model,
-    params: Params,
-    example: Example,
-    dropout_keys: Key[Array, " B"] | None,
-  ) -> Sums:
-    """Returns Σ nll·w, Σ w and Σ correct·w over the slots, in float32."""
-    hidden = model.encode(params, example.inputs, dropout_keys)
-    hidden = jnp.take_along_axis(hidden, example.slots[..., None], axis=1)
-    logits = model.predict(params, hidden)
-    nll = cross_entropy(logits / temperature, example.targets)
-    correct = jnp.argmax(logits, axis=-1) == example.targets
-    return {
-      "nll": jnp.sum(nll * example.weights),
-      "weight": jnp.sum(example.weights),
-      "correct": jnp.sum(correct * example.weights),
-    } | {name: jnp.sum(count) for name, count in example.counts.items()}
 
-  return loss
+def add_up(
+  logits: Float[Array, "B M V"], example: Example, *, temperature: float
+) -> dict[str, Float[Array, ""]]:
+  """Returns Σ nll·w of logits / temperature, Σ w and Σ correct·w, float32."""
+  nll = cross_entropy(logits / temperature, example.targets)
+  correct = jnp.argmax(logits, axis=-1) == example.targets
+  return {
+    "nll": jnp.sum(nll * example.weights),
+    "weight": jnp.sum(example.weights),
+    "correct": jnp.sum(correct * example.weights),
+  }

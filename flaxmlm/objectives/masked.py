@@ -15,7 +15,7 @@ from flaxmlm.objectives.objective import Batch, Objective
 
 def build(options: Mapping[str, Any], **given: Any) -> Objective:
   """Returns the objective; `options` are the `objective` keys."""
-  return hiding.make(pick_tokens, options, **given)
+  return hiding.make("masked", pick_tokens, options, **given)
 
 
 def pick_tokens(

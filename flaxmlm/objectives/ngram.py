@@ -21,7 +21,7 @@ SHARES = tuple(
 
 def build(options: Mapping[str, Any], **given: Any) -> Objective:
   """Returns the objective; `options` are the `objective` keys."""
-  return hiding.make(pick, options, **given)
+  return hiding.make("ngram", pick, options, **given)
 
 
 def pick(

@@ -14,7 +14,7 @@ from flaxmlm.objectives.words import count_too_long, find_words, pick_words
 
 def build(options: Mapping[str, Any], **given: Any) -> Objective:
   """Returns the objective; `options` are the `objective` keys."""
-  return hiding.make(pick, options, **given)
+  return hiding.make("whole_word", pick, options, **given)
 
 
 def pick(

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from flaxmlm.objectives.objective import Batch
-
-WORD_START = 1  # in `Batch.flags`
+from flaxmlm.objectives.objective import WORD_START, Batch
 
 
 class Words(NamedTuple):

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ def run(
   write: Callable[[int, dict[str, float]], None],
   schedule: Schedule,
   cost: Cost,
+  shares: Mapping[str, float],
 ) -> State:
   """Trains until the last step, or until a signal asks to stop.
 
@@ -79,6 +80,7 @@ def run(
     write: Writes metrics of a step.
     schedule: When to log, evaluate, save and stop.
     cost: For throughput.
+    shares: Weight of each task in the loss.
 
   Returns:
     The last state; its step is less than `schedule.steps` if SIGINT or SIGTERM
@@ -95,9 +97,9 @@ def run(
     """Writes the means over the window, all of whose steps have ended."""
     nonlocal mark, timed, host, paused
     sums = metrics.add_up(window)
-    values = {f"train/{k}": v for k, v in metrics.means(sums).items()}
-    for name in ("grad_norm", "learning_rate"):
-      values[f"train/{name}"] = sums[name] / len(window)
+    means = metrics.means(sums, shares)
+    means |= {name: v / len(window) for name, v in sums["step"].items()}
+    values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
     own = (step - schedule.first) * cost.tokens
     values["train/tokens"] = float(cost.tokens_before + own)
     now = time.perf_counter()
@@ -164,23 +166,28 @@ def run(
 
 
 def evaluate(
-  eval_step: EvalStep, params: Params, batches: Iterable[Batch]
+  eval_step: EvalStep,
+  params: Params,
+  batches: Iterable[Batch],
+  *,
+  shares: Mapping[str, float],
 ) -> dict[str, float]:
   """Returns `eval/…` metrics over batches, each row once.
 
-  `eval/unigram_entropy` is the cross-entropy of the same targets under the
-  token frequencies of the training data: what is reached by knowing those
-  alone.
+  Loss, perplexity and accuracy are those of the hidden tokens; what else is
+  asked has its own by name. `eval/unigram_entropy` is the cross-entropy of the
+  same targets under the token frequencies of the training data: what is reached
+  by knowing those alone.
   """
   sums = metrics.add_up([eval_step(params, batch) for batch in batches])
-  values = metrics.means(sums)
-  return {
-    "eval/loss": values["loss"],
-    "eval/perplexity": perplexity(values["loss"]),
-    "eval/accuracy": values["accuracy"],
-    "eval/unigram_entropy": sums["unigram_nll"] / max(sums["weight"], 1.0),
-    "eval/targets": sums["weight"],
+  values = metrics.means(sums, shares)
+  unigram = sums["unigram"]
+  values |= sums["counts"] | {
+    "perplexity": perplexity(values["loss"]),
+    "unigram_entropy": unigram["nll"] / max(unigram["weight"], 1.0),
+    "targets": unigram["weight"],
   }
+  return {f"eval/{name}": value for name, value in values.items()}
 
 
 def perplexity(loss: float) -> float:

@@ -85,26 +85,43 @@ def log_unigram(counts: np.ndarray, specials: Sequence[int]) -> np.ndarray:
   return np.log(raised / raised.sum()).astype(np.float32)
 
 
-def add_up(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def add_up(sums: Sequence[Any]) -> Any:
   """Adds up the sums of several steps or batches, in float64 on the host."""
-  host = jax.device_get(list(sums))
-  return {
-    name: float(np.sum([s[name] for s in host], dtype=np.float64))
-    for name in host[0]
-  }
+  return jax.tree.map(
+    lambda *parts: float(np.sum(parts, dtype=np.float64)),
+    *jax.device_get(list(sums)),
+  )
 
 
-def means(sums: Mapping[str, float]) -> dict[str, float]:
+def means(
+  sums: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]
+) -> dict[str, float]:
   """Returns loss and accuracy of added-up sums.
 
-  >>> means({"nll": 6.0, "weight": 4.0, "correct": 1.0})
+  They are those of the first task, which asks for hidden tokens. Of several
+  tasks each one's stand beside them by name, and `total_loss`, their weighted
+  sum, which is minimised.
+
+  Args:
+    sums: See `objectives.Sums`.
+    shares: Weight of each task in the loss, as `Objective.shares`.
+
+  >>> tokens = {"nll": 6.0, "weight": 4.0, "correct": 1.0}
+  >>> means({"masked": tokens}, {"masked": 1.0})
   {'loss': 1.5, 'accuracy': 0.25}
   """
-  weight = max(sums["weight"], 1.0)
-  return {
-    "loss": sums["nll"] / weight,
-    "accuracy": sums["correct"] / weight,
-  }
+  each = {}
+  for task in shares:
+    weight = max(sums[task]["weight"], 1.0)
+    each[f"{task}_loss"] = sums[task]["nll"] / weight
+    each[f"{task}_accuracy"] = sums[task]["correct"] / weight
+  first = next(iter(shares))
+  values = {"loss": each[f"{first}_loss"]}
+  values["accuracy"] = each[f"{first}_accuracy"]
+  if len(shares) == 1:
+    return values
+  total = sum(share * each[f"{task}_loss"] for task, share in shares.items())
+  return values | {"total_loss": total} | each
 
 
 class Writer(NamedTuple):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-  from flaxmlm.objectives import Batch, Example
+  from flaxmlm.objectives import Example
 
 # Closer than this to the unigram entropy, nothing has been learnt; in nats.
 _PLATEAU = 0.1
@@ -196,7 +196,6 @@ def headline(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def guesses(
-  batch: Batch,
   example: Example,
   probabilities: np.ndarray,
   ids: np.ndarray,
@@ -206,8 +205,7 @@ def guesses(
   """Returns what a model fills in, in words: one JSON object a row.
 
   Args:
-    batch: Rows, on the host; those of padding alone are left out.
-    example: What was hidden in them.
+    example: Rows, on the host; those of padding alone are left out.
     probabilities: Of the likeliest tokens at each slot [B, M, top].
     ids: Those tokens [B, M, top], likeliest first.
     tokens: Ids → token strings, as `Tokenizer.tokens`.
@@ -216,9 +214,11 @@ def guesses(
     `tokens` and `slots` as `write` takes them, and `guesses`, which is its
     `before` or `after`.
   """
+  from flaxmlm.objectives import restore_ids
+
   found = []
-  for row, original in enumerate(batch.ids):
-    if not batch.segments[row].any():
+  for row, original in enumerate(restore_ids(example)):
+    if not example.inputs.segments[row].any():
       continue
     used = example.weights[row] > 0
     found.append(

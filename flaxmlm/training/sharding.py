@@ -19,13 +19,20 @@ AXES = ("data", "fsdp", "tensor")
 # and for the optimizer's state, whose paths end in the parameter's.
 RULES: tuple[tuple[str, P], ...] = (
   (r"word/embedding$", P("tensor", "fsdp")),
+  (r"span_boundary/position/embedding$", P()),
   (r"(position|token_type)/embedding$", P(None, "fsdp")),
   (r"(query|key|value|intermediate|gate)/kernel$", P("fsdp", "tensor")),
   (r"(query|key|value|intermediate)/bias$", P("tensor")),
   (r"(attention_output|output)/kernel$", P("tensor", "fsdp")),
   (r"project/kernel$", P(None, "fsdp")),
   (r"mlm/decoder$", P("tensor", "fsdp")),
-  (r"(mlm/transform|pooler/dense)/kernel$", P(None, "fsdp")),
+  (
+    r"(mlm/transform|pooler/dense|discriminator/dense)/kernel$",
+    P(None, "fsdp"),
+  ),
+  (r"(pair/dense|discriminator/prediction)/kernel$", P()),
+  (r"span_boundary/dense_\d/kernel$", P(None, "fsdp")),
+  (r"span_boundary/bias$", P("tensor")),
   (r"mlm/bias$", P("tensor")),
 )
 

@@ -32,12 +32,14 @@ EvalStep = Callable[[Params, Batch], Sums]
 
 
 def make_init(
-  model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
+  init_params: Callable[[Key[Array, ""]], Params],
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
 ) -> tuple[Callable[[Key[Array, ""]], State], Any]:
   """Returns a jitted `key -> State` at step 0, and the state's shardings."""
 
   def init(key: Key[Array, ""]) -> State:
-    params = model.init(key)
+    params = init_params(key)
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
   shapes = jax.eval_shape(init, jax.random.key(0))
@@ -68,15 +70,15 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the jitted train step; the state that it is given is donated.
 
-  The loss is Σ nll·w / Σ w over the whole global batch, on any mesh and with
-  any number of micro-batches: rows are corrupted first, so Σ w is known before
-  the first micro-batch runs. Row r is in micro-batch r mod n, so that each
-  device's rows stay where they are.
+  The loss of a task is Σ nll·w / Σ w over the whole global batch, on any mesh
+  and with any number of micro-batches: rows are corrupted first, so Σ w is
+  known before the first micro-batch runs. Row r is in micro-batch r mod n, so
+  that each device's rows stay where they are.
 
   Returns:
     `(state, batch, key) -> (state, sums)`; `key` is the run's, the same at
-    every step. Sums are the objective's, with `grad_norm` before clipping and
-    the step's `learning_rate`.
+    every step. Sums are the objective's, and under "step" `grad_norm` before
+    clipping and the `learning_rate`.
   """
   rows_sharding = sharding.batch_sharding(mesh)
 
@@ -89,13 +91,17 @@ def make_train_step(
   ) -> tuple[State, Sums]:
     corrupt_keys, dropout_keys = row_keys(key, state.step, batch.example)
     example = objective.corrupt(corrupt_keys, batch, state.step)
-    total = jnp.maximum(jnp.sum(example.weights), 1.0)
+    weights = objective.weigh(example)
 
     def objective_loss(
       params: Params, example: Example, keys: Key[Array, " B"]
     ) -> tuple[Float[Array, ""], Sums]:
-      sums = objective.loss(model, params, example, keys)
-      return sums["nll"] / total, sums
+      _, sums = objective.run(model, params, example, keys)
+      loss = sum(
+        share * sums[task]["nll"] / jnp.maximum(weights[task], 1.0)
+        for task, share in objective.shares.items()
+      )
+      return loss, sums
 
     grad = jax.grad(objective_loss, has_aux=True)
     if microbatches == 1:
@@ -116,8 +122,10 @@ def make_train_step(
       )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    sums["grad_norm"] = optax.global_norm(grads)
-    sums["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    sums["step"] = {
+      "grad_norm": optax.global_norm(grads),
+      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    }
     return State(state.step + 1, params, opt_state), sums
 
   return jax.jit(
@@ -139,15 +147,18 @@ def make_eval_step(
   """Returns the jitted `(params, batch) -> sums`, without dropout.
 
   A row's masks depend on its number (`example`) alone: they are the same at
-  every evaluation of every run. Sums are the objective's, with `unigram_nll`:
-  Σ -log p(target)·w under the training counts.
+  every evaluation of every run. Sums are the objective's, and under "unigram"
+  Σ -log p(target)·w with the training counts' p.
   """
 
   def eval_step(params: Params, batch: Batch) -> Sums:
     example = _fixed_example(objective, batch)
-    sums = objective.loss(model, params, example, None)
+    _, sums = objective.run(model, params, example, None)
     unigram = -jnp.asarray(log_unigram)[example.targets]
-    sums["unigram_nll"] = jnp.sum(unigram * example.weights)
+    sums["unigram"] = {
+      "nll": jnp.sum(unigram * example.weights),
+      "weight": jnp.sum(example.weights),
+    }
     return sums
 
   return jax.jit(
@@ -170,9 +181,7 @@ def make_guess_step(
     params: Params, batch: Batch
   ) -> tuple[Example, Float[Array, "B M 3"], Int[Array, "B M 3"]]:
     example = _fixed_example(objective, batch)
-    hidden = model.encode(params, example.inputs, None)
-    hidden = jnp.take_along_axis(hidden, example.slots[..., None], axis=1)
-    logits = model.predict(params, hidden).astype(jnp.float32)
+    logits = objective.predict(model, params, example).astype(jnp.float32)
     return example, *jax.lax.top_k(jax.nn.softmax(logits), 3)
 
   return jax.jit(

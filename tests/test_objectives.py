@@ -1,0 +1,136 @@
+"""Every objective is the same on any mesh, in any parts, and in its config."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_pairs import SPECIALS, L, V, pieces
+from test_training import tiny
+
+from flaxmlm import InputError, config, models, objectives
+from flaxmlm.objectives import Batch
+from flaxmlm.training import optimizers, sharding
+from flaxmlm.training.step import make_init, make_train_step, row_keys
+
+NAMES = (
+  "masked",
+  "whole_word",
+  "ngram",
+  "span",
+  "replaced_token",
+  "next_sentence",
+  ("span", "sentence_order"),
+)
+
+
+def build(name, **changes):
+  c = tiny(
+    objective__name=name,
+    data__row_length=L,
+    model__max_positions=L,
+    model__family="electra" if name == "replaced_token" else "bert",
+    model__heads=4,
+    model__dropout=0.1,
+    **changes,
+  )
+  config.validate(c)
+  vocab = SPECIALS | {"size": V}
+  return c, objectives.build(c.objective, row_length=L, vocab=vocab, steps=20)
+
+
+def given(step: int = 0) -> Batch:
+  batch = pieces(16, seed=2 * step)._replace(
+    other=pieces(16, seed=2 * step + 1)
+  )
+  number = np.arange(16, dtype=np.int32) + 16 * step
+  return batch._replace(example=number)
+
+
+def test_config_and_objectives_know_the_same_names():
+  assert set(config.TOKEN_OBJECTIVES) == set(objectives.OBJECTIVES)
+  assert set(config.PAIR_OBJECTIVES) == set(objectives.PAIRS)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=str)
+def test_draws_are_the_same_on_a_mesh_and_in_parts(name):
+  _, objective = build(name)
+
+  def corrupt(batch):
+    keys, _ = row_keys(jax.random.key(3), jnp.int32(5), batch.example)
+    example = objective.corrupt(keys, batch, jnp.int32(5))
+    keys = example.keys if example.keys is None else example.keys[:, None]
+    data = keys if keys is None else jax.random.key_data(keys)
+    return example._replace(keys=data)
+
+  whole = jax.jit(corrupt)(given())
+  mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)
+  spread = jax.jit(corrupt)(sharding.put_rows(mesh, given()))
+  few = jax.jit(corrupt)(jax.tree.map(lambda x: x[[3, 11]], given()))
+  for a, b, c in zip(*map(jax.tree.leaves, (whole, spread, few)), strict=True):
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(np.asarray(a)[[3, 11]], c)
+
+
+def losses(name, devices: int, microbatches: int) -> np.ndarray:
+  c, objective = build(name, train__microbatches=microbatches)
+  mesh = sharding.make_mesh(
+    data=-1, fsdp=1, tensor=1, devices=jax.devices()[:devices]
+  )
+  model = models.build(c.model, vocab_size=V, dtype="float32")
+  optimizer = optimizers.make_optimizer(c.optimizer, steps=20)
+  init, places = make_init(
+    lambda key: objectives.init_params(key, model=model, options=c.objective),
+    optimizer,
+    mesh,
+  )
+  step = make_train_step(
+    model,
+    objective,
+    optimizer,
+    optimizers.make_schedule(c.optimizer, steps=20, peak=1e-2),
+    mesh=mesh,
+    state_sharding=places,
+    microbatches=microbatches,
+  )
+  state, result = init(jax.random.key(0)), []
+  for number in range(3):
+    rows = sharding.put_rows(mesh, given(number))
+    state, sums = step(state, rows, jax.random.key(1))
+    weights = {task: float(sums[task]["weight"]) for task in objective.shares}
+    result.append([float(sums[task]["nll"]) / w for task, w in weights.items()])
+    assert all(weights.values())
+  return np.array(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES[4:], ids=str)
+def test_losses_are_the_same_on_any_mesh_and_in_micro_batches(name):
+  one = losses(name, 1, 1)
+  for devices, microbatches in ((8, 1), (1, 4), (2, 4)):
+    np.testing.assert_allclose(
+      losses(name, devices, microbatches), one, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"name": ("span", "masked")}, "more than one that hides tokens"),
+    ({"name": ("next_sentence", "sentence_order")}, "more than one that asks"),
+    ({"weights": (1, 2)}, r"objective\.weights has 2 numbers"),
+    ({"weights": (0,)}, "wants one above 0"),
+    ({"name": "whole_words"}, r"objective\.name='whole_words': wants one of"),
+  ],
+)
+def test_names_and_weights_that_do_not_fit_are_refused(changes, message):
+  with pytest.raises(InputError, match=message):
+    config.validate(tiny(**{f"objective__{k}": v for k, v in changes.items()}))
+
+
+def test_weights_are_those_of_the_named():
+  _, objective = build(
+    ("sentence_order", "span"), objective__weights=(0.5, 2.0)
+  )
+  assert objective.shares == {"span": 2.0, "sentence_order": 0.5}
+  _, objective = build("replaced_token", objective__weights=(3.0,))
+  assert objective.shares == {"generator": 3.0, "discriminator": 150.0}
