@@ -104,7 +104,7 @@ def test_losses_are_those_of_the_two_models_written_out():
   )
   assert found["weight"] == valid.sum()
   assert found["correct"] == ((scores > 0) == (replaced > 0))[valid].sum()
-  assert sums["counts"]["replaced"] == np.asarray(replaced).sum()
+  assert found["replaced"] == np.asarray(replaced).sum()
 
 
 def test_no_gradient_goes_through_what_is_drawn():

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from flaxmlm.models import Inputs
 from flaxmlm.objectives import Example
 from flaxmlm.training import report
 

@@ -7,7 +7,7 @@ pairs of segments stands beside one of these, in `PAIRS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Array, Key
@@ -66,8 +66,7 @@ def names(options: Mapping[str, Any]) -> tuple[str, str | None]:
   >>> names({"name": ("next_sentence", "span")})
   ('span', 'next_sentence')
   """
-  given = options["name"]
-  given = (given,) if isinstance(given, str) else tuple(given)
+  given = _as_tuple(options["name"])
   hides = [name for name in given if name in OBJECTIVES] or ["masked"]
   asks = [name for name in given if name in PAIRS] or [None]
   (tokens,), (pair,) = hides, asks
@@ -119,7 +118,9 @@ def build(
   if pair is not None:
     objective = pairs.beside(objective, pair, vocab=vocab)
   if options["weights"]:
-    weights = dict(zip(options["name"], options["weights"], strict=True))
+    weights = dict(
+      zip(_as_tuple(options["name"]), options["weights"], strict=True)
+    )
     objective = objective._replace(
       shares={
         task: share * weights[pair if task == pair else tokens]
@@ -127,3 +128,7 @@ def build(
       }
     )
   return objective
+
+
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+  return (names,) if isinstance(names, str) else tuple(names)

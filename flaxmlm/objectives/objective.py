@@ -101,8 +101,8 @@ class Objective(NamedTuple):
       asked, with one PRNG key a row. Each row is drawn from its own key alone:
       so it is the same on any mesh, in any micro-batch, after any restart.
     run: `(model, params, example, dropout_keys) -> (hidden [B L D], sums)`.
-      Each task has `nll` (what is minimised), `weight` (what it is divided by)
-      and `correct`; they are sums over rows, never means, so that those of
+      Each task has `nll` (what is minimised), `weight` (what it is divided by),
+      `correct`, and what else is worth a mean; they are sums over rows, never means, so that those of
       parts of a batch add up to those of the whole. Without dropout keys there
       is no dropout.
     weigh: `example -> {task: weight}`: each `weight` of `run`, before it runs.

@@ -67,8 +67,9 @@ def build(options: Mapping[str, Any], **given: Any) -> Objective:
         "nll": jnp.sum(nll * weights),
         "weight": jnp.sum(weights),
         "correct": jnp.sum(correct * weights),
+        "replaced": jnp.sum(replaced * weights),
       },
-      "counts": counts | {"replaced": jnp.sum(replaced * weights)},
+      "counts": counts,
     }
 
   def weigh(example: Example) -> dict[str, Float[Array, ""]]:

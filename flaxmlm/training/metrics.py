@@ -113,8 +113,10 @@ def means(
   each = {}
   for task in shares:
     weight = max(sums[task]["weight"], 1.0)
-    each[f"{task}_loss"] = sums[task]["nll"] / weight
-    each[f"{task}_accuracy"] = sums[task]["correct"] / weight
+    names = {"nll": "loss", "correct": "accuracy"}
+    for name, value in sums[task].items():
+      if name != "weight":
+        each[f"{task}_{names.get(name, name)}"] = value / weight
   first = next(iter(shares))
   values = {"loss": each[f"{first}_loss"]}
   values["accuracy"] = each[f"{first}_accuracy"]
