@@ -757,7 +757,8 @@ def parse(
     config = take_rest(config, stated, workdir)
   if args.print_config:
     print(to_json(config), end="", flush=True)
-  check_json(getattr(args, "json", None))
+  for name in ("json", "html"):
+    check_file(name, getattr(args, name, None))
   made = os.path.join(workdir, "store", "manifest.json")
   validate(config, sources=not (workdir and (given or os.path.exists(made))))
   if args.print_config:
@@ -962,12 +963,12 @@ def _take_run(
   return check_keys(result, where=path)
 
 
-def check_json(path: str | None) -> None:
-  """Raises InputError if a `--json` file can't be written, before the work."""
+def check_file(name: str, path: str | None) -> None:
+  """Raises InputError if the file of `--NAME` can't be written, before work."""
   if path is not None and (
     os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)
   ):
-    raise InputError(f"--json={path}: can't be written; is the folder there?")
+    raise InputError(f"--{name}={path}: can't be written; is the folder there?")
 
 
 def run(main: Callable[[], None]) -> None:

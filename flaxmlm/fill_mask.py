@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     "--json", metavar="FILE", help="write the results as JSON too"
   )
   args = parser.parse_args(argv)
-  config.check_json(args.json)
+  config.check_file("json", args.json)
   if not args.texts and sys.stdin.isatty():
     print("type lines with a [MASK]; end with Ctrl-D", file=sys.stderr)
   texts = args.texts or [line.rstrip("\n") for line in sys.stdin]

@@ -3,7 +3,8 @@
   python -m flaxmlm.preview --workdir=runs/quickstart --steps=0:3
 
 These are the very rows and masks of a run's steps, whether the run is there
-already or is still to come (then with --config, as for train).
+already or is still to come (then with --config, as for train). --html=FILE
+writes the same as a page.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
-from flaxmlm.training.report import join
+from flaxmlm.pages.page import join
+from flaxmlm.pages.rows import hidden, measure, pair_words, write_rows
 
 if TYPE_CHECKING:
   import numpy as np
@@ -49,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument(
     "--json", metavar="FILE", help="write all rows here, one object a line"
+  )
+  parser.add_argument(
+    "--html", metavar="FILE", help="write the printed rows here, as a page"
   )
   args, c = config.parse(parser, argv)
   match = re.fullmatch(r"(\d+):(\d+)", args.steps)
@@ -93,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
   console = Console()
   console.print(legend(tokenizer.tokens([store.vocab["mask"]])[0]))
+  shown = []
   with open(args.json or os.devnull, "w", encoding="utf-8") as file:
     for step in range(int(match[1]), int(match[2])):
       batch = batches.at(
@@ -109,9 +116,25 @@ def main(argv: list[str] | None = None) -> None:
       for row in objects(example, batch.example, step=step):
         if row["row"] < args.rows:
           show(row, tokenizer.tokens, store.vocab, console)
+          if args.html:
+            shown.append(row)
         file.write(json.dumps(row) + "\n")
   if args.json:
     print(f"rows: {args.json}")
+  if args.html:
+    name = os.path.basename(os.path.abspath(args.workdir))
+    arguments = sys.argv[1:] if argv is None else argv
+    write_rows(
+      args.html,
+      shown,
+      title=f"{name}, steps {args.steps}: what the model is shown",
+      command=shlex.join(["python", "-m", "flaxmlm.preview", *arguments]),
+      tokens=tokenizer.tokens,
+      vocab=store.vocab,
+      specials=objectives.special_ids(store.vocab),
+      pairs=pair_words(c.objective.name),
+    )
+    print(f"page: {args.html}")
 
 
 def objects(
@@ -150,27 +173,6 @@ def objects(
   for row, number in enumerate(numbers.tolist()):
     values = {name: array[row].tolist() for name, array in arrays.items()}
     yield {"step": step, "row": row, "example": number, **values}
-
-
-def hidden(row: Mapping[str, Any], *, mask: int) -> dict[int, str]:
-  """Returns what became of each token that is asked for, by its place.
-
-  A random token that happens to be the original one counts as kept.
-
-  >>> row = {"slots": [1, 2, 4, 0], "weights": [1.0, 1.0, 1.0, 0.0]}
-  >>> row |= {"original_ids": [7, 8, 9, 7, 6], "input_ids": [7, 0, 9, 7, 5]}
-  >>> hidden(row, mask=0)
-  {1: 'masked', 2: 'kept', 4: 'replaced'}
-  """
-  kinds = {}
-  for slot, weight in zip(row["slots"], row["weights"], strict=True):
-    if weight > 0:
-      shown, original = row["input_ids"][slot], row["original_ids"][slot]
-      if shown == mask:
-        kinds[slot] = "masked"
-      else:
-        kinds[slot] = "kept" if shown == original else "replaced"
-  return kinds
 
 
 def show(
@@ -216,11 +218,8 @@ def show(
     pad = tokens([vocab["pad"]])[0]
     documents[0] = Text(f"+{padding} {pad}", style="dim")
 
-  counts = Counter(kinds.values())
-  maskable = sum(
-    segment > 0 and token not in specials
-    for segment, token in zip(row["segments"], row["original_ids"], strict=True)
-  )
+  counts = measure(row, kinds, specials)
+  maskable = counts["maskable"]
   share = f" = {len(kinds) / maskable:.1%}" if maskable else ""
   console.print(
     f"step {row['step']}, row {row['row']}, example {row['example']}:"

@@ -14,7 +14,8 @@ FLOORS = {
   "data": set(),
   "models": set(),
   "objectives": {"models"},
-  "training": {"models", "objectives"},
+  "pages": {"tokenizers"},
+  "training": {"models", "objectives", "pages"},
   "interop": {"models"},
   "inference": {
     *("tokenizers", "models", "objectives", "training", "interop"),

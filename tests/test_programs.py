@@ -192,8 +192,11 @@ def test_evaluate_on_another_text(run, tmp_path):
 
 def test_preview_shows_the_rows_of_the_run(run, tmp_path):
   path = tmp_path / "rows.jsonl"
-  out = program("preview", f"--workdir={run}", "--steps=0:3", f"--json={path}")
+  page = tmp_path / "rows.html"
+  files = f"--json={path}", f"--html={page}"
+  out = program("preview", f"--workdir={run}", "--steps=0:3", *files)
   assert "hidden" in out and "[MASK]" in out
+  assert page.read_text().count("<article>") == 3 * 4
   rows = lines(path)
   assert [row["step"] for row in rows] == sorted([0, 1, 2] * 32)
   for row in rows:

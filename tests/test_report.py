@@ -257,21 +257,6 @@ def test_a_page_is_replaced_whole_or_stays(tmp_path, monkeypatch):
   assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
-@pytest.mark.parametrize(
-  ("tokens", "text"),
-  [
-    ("▁The ▁cat s , ▁ok", " The cats, ok"),
-    ("the cat ##s , ok", " the cats , ok"),
-    ("The Ġcat s , Ċ ok", "The cats,\nok"),
-    ("▁ 他 是 ▁a", " 他是 a"),
-    ("[CLS] ▁a b [SEP]", " [CLS] ab [SEP]"),
-  ],
-)
-def test_tokens_join_to_text(tokens, text):
-  joined = report.join(tokens.split())
-  assert "".join(" " * space + part for space, part in joined) == text
-
-
 def test_examples_mark_right_and_wrong_by_sign(tmp_path):
   tokens = ["[CLS]", "▁a", "▁cat", "▁sat", "[SEP]", "[PAD]", "[PAD]", "[PAD]"]
   example = {

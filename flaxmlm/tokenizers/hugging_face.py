@@ -192,7 +192,7 @@ class HuggingFace:
 
 
 @functools.cache
-def _byte_chars() -> dict[str, int]:
+def byte_chars() -> dict[str, int]:
   """Returns the byte that each character of a byte-level token stands for.
 
   GPT-2's table (Radford et al. 2019, encoder.py): printable characters of
@@ -206,7 +206,7 @@ def _byte_chars() -> dict[str, int]:
 
 def _read_bytes(token: str) -> str:
   """Returns a byte-level token as text; added tokens are written plainly."""
-  table = _byte_chars()
+  table = byte_chars()
   if any(char not in table for char in token):
     return token
   return bytes(table[char] for char in token).decode("utf-8", "replace")

@@ -7,14 +7,13 @@ the page's own (`_COLORS`), so that they follow it from light to dark.
 
 from __future__ import annotations
 
-import contextlib
-import html
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flaxmlm.pages.page import SPECIAL, escape, join, write_page
 
 if TYPE_CHECKING:
   import numpy as np
@@ -61,7 +60,6 @@ _RC = {
   "ytick.major.size": 0,
   "ytick.minor.size": 0,
 }
-_SPECIAL = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK)\]|</?s>|<(pad|unk|mask)>")
 
 
 class Curve(NamedTuple):
@@ -117,8 +115,8 @@ def write(
   curves = {key: _curve(metrics, key) for key in sorted(keys)}
   missing = _missing(metrics, curves)
   body = [
-    f"<h1>{_escape(title)}</h1>",
-    f'<p class="lead">{_escape(headline(metrics))}</p>',
+    f"<h1>{escape(title)}</h1>",
+    f'<p class="lead">{escape(headline(metrics))}</p>',
     *_list("Missing or not finite", missing),
     *_facts(facts),
     "<h2>How it learned</h2>",
@@ -129,16 +127,7 @@ def write(
     *_examples(examples),
     *_config(config),
   ]
-  page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(body))
-  temporary = f"{path}.tmp"
-  try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(page)
-    os.replace(temporary, path)
-  except OSError:
-    with contextlib.suppress(OSError):
-      os.unlink(temporary)
-    raise
+  write_page(path, title=title, body="\n".join(body), style=_STYLE)
 
 
 def headline(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -234,10 +223,6 @@ def guesses(
       }
     )
   return found
-
-
-def _escape(text: object) -> str:
-  return html.escape(str(text))
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> Curve:
@@ -445,8 +430,8 @@ _EVALUATION = (
 
 def _figure(plot: Plot, curves: Mapping[str, Curve]) -> str:
   """Returns a plot as an HTML figure, or a line that says it has no values."""
-  unit = f" <small>{_escape(plot.unit)}</small>" if plot.unit else ""
-  head = f"<figure><figcaption>{_escape(plot.title)}{unit}</figcaption>"
+  unit = f" <small>{escape(plot.unit)}</small>" if plot.unit else ""
+  head = f"<figure><figcaption>{escape(plot.title)}{unit}</figcaption>"
   scaled = {
     key: Curve(curves[key].steps, [plot.scale * v for v in curves[key].values])
     for key in plot.keys
@@ -470,7 +455,7 @@ def _svg(plot: Plot, curves: Mapping[str, Curve]) -> str:
     plot.draw(axes, curves)
     _ticks(axes)
     text = _save(figure)
-  label = _escape(_describe(plot, curves))
+  label = escape(_describe(plot, curves))
   box = re.findall(r'viewBox="[^"]*"', text)[0]
   body = text[text.index("</defs>") + len("</defs>") :]
   # Names of groups, unlike those of shapes, come again in every plot.
@@ -527,7 +512,7 @@ def _describe(plot: Plot, curves: Mapping[str, Curve]) -> str:
 def _list(title: str, lines: Sequence[str]) -> list[str]:
   if not lines:
     return []
-  items = "".join(f"<li>{_escape(line)}</li>" for line in lines)
+  items = "".join(f"<li>{escape(line)}</li>" for line in lines)
   return [f'<section class="note"><h2>{title}</h2><ul>{items}</ul></section>']
 
 
@@ -535,7 +520,7 @@ def _facts(facts: Mapping[str, str]) -> list[str]:
   if not facts:
     return []
   cells = "".join(
-    f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>"
+    f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
     for name, value in facts.items()
   )
   return [f'<h2>The run</h2><dl class="facts">{cells}</dl>']
@@ -574,8 +559,8 @@ def _number(value: float | None, share: bool) -> str:
 
 def _config(config: Mapping[str, Any]) -> list[str]:
   rows = "".join(
-    f'<tr><th scope="row"><code>{_escape(key)}</code></th>'
-    f"<td><code>{_escape(repr(value))}</code></td></tr>"
+    f'<tr><th scope="row"><code>{escape(key)}</code></th>'
+    f"<td><code>{escape(repr(value))}</code></td></tr>"
     for key, value in config.items()
   )
   return [
@@ -650,7 +635,7 @@ def _visible(token: str) -> str:
   seen = "".join(
     c if c.isprintable() and c != " " else f"⟨U+{ord(c):04X}⟩" for c in token
   )
-  return f"<code>{_escape(seen)}</code>"
+  return f"<code>{escape(seen)}</code>"
 
 
 def _row(
@@ -669,75 +654,22 @@ def _row(
         good = _is_right(after[n], token)
         kind, sign = ("right", "✓") if good else ("wrong", "✗")
       text = (
-        f'<mark class="{kind}">{_escape(text)}<sup>{n + 1}{sign}</sup></mark>'
+        f'<mark class="{kind}">{escape(text)}<sup>{n + 1}{sign}</sup></mark>'
       )
-    elif _SPECIAL.fullmatch(token):
+    elif SPECIAL.fullmatch(token):
       repeats += 1
       if token == (tokens[place + 1] if place + 1 < len(tokens) else None):
         continue
       times = f" × {repeats}" if repeats > 1 else ""
-      text = f'<span class="special">{_escape(token)}{times}</span>'
+      text = f'<span class="special">{escape(token)}{times}</span>'
     else:
-      text = _escape(text)
+      text = escape(text)
     repeats = 0
     parts.append(" " * space + text)
   return "".join(parts)
 
 
-def join(tokens: Sequence[str]) -> list[tuple[bool, str]]:
-  """Returns for each token whether a space stands before it, and its text.
-
-  Takes the marks of SentencePiece (▁x starts a word), byte-level BPE (Ġx) or
-  WordPiece (##x goes on with one), whichever the tokens have.
-
-  >>> join(["▁play", "ing"]), join(["play", "##ing"])
-  ([(True, 'play'), (False, 'ing')], [(True, 'play'), (False, 'ing')])
-  """
-  plain = [token for token in tokens if not _SPECIAL.fullmatch(token)]
-  for mark in "▁Ġ":
-    if any(token.startswith(mark) for token in plain):
-      return [
-        (
-          token.startswith(mark) or bool(_SPECIAL.fullmatch(token)),
-          token.removeprefix(mark).replace(mark, " ").replace("Ċ", "\n")
-          if mark == "Ġ"
-          else token.removeprefix(mark).replace(mark, " "),
-        )
-        for token in tokens
-      ]
-  return [
-    (not token.startswith("##"), token.removeprefix("##")) for token in tokens
-  ]
-
-
 _STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fff; --ink: #1b1f24; --muted: #59636e; --line: #d8dee4;
-  --soft: #f6f8fa; --first: #0a58ca; --second: #c2571a;
-  --right: #116329; --right-soft: #dcf5e3; --wrong: #a40e26;
-  --wrong-soft: #ffebe9; --note: #fff8c5;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #12161c; --ink: #e6edf3; --muted: #9aa5b1; --line: #333c47;
-    --soft: #1b2129; --first: #6cb0ff; --second: #f0a058;
-    --right: #7ee2a0; --right-soft: #12361f; --wrong: #ff9f97;
-    --wrong-soft: #41191b; --note: #332a0a;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem;
-  background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-}
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .75rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 0 0 .4rem; }
-small { color: var(--muted); font-size: .85em; font-weight: normal; }
-code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.lead { font-size: 1.15rem; margin: 0; max-width: 48rem; }
 .note {
   background: var(--note); border-radius: .4rem; margin-top: 1rem;
   padding: .6rem 1rem;
@@ -769,29 +701,6 @@ svg text {
   border: 1px dashed var(--line); border-radius: .4rem; color: var(--muted);
   margin: .5rem 0; padding: 2rem 1rem; text-align: center;
 }
-details { margin-top: 1rem; }
-summary { cursor: pointer; }
-.wide { overflow-wrap: normal; overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; }
-th, td {
-  border-bottom: 1px solid var(--line); padding: .25rem .7rem .25rem 0;
-  text-align: left; vertical-align: baseline;
-}
-thead th { color: var(--muted); font-weight: normal; white-space: nowrap; }
-tbody th { font-weight: normal; }
-.numbers th, .numbers td {
-  font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap;
-}
-article {
-  border: 1px solid var(--line); border-radius: .4rem; margin-top: 1rem;
-  padding: .8rem 1rem;
-}
-.row { margin: 0 0 .6rem; line-height: 1.9; white-space: pre-line; }
-.special { color: var(--muted); font-size: .8em; margin-right: .3em; }
-mark {
-  background: var(--soft); border-bottom: 2px solid var(--muted);
-  border-radius: .2rem; color: inherit; padding: 0 .15em;
-}
 mark sup { font-size: .65em; line-height: 0; margin-left: .15em; }
 mark.right { background: var(--right-soft); border-color: var(--right); }
 mark.wrong {
@@ -803,26 +712,6 @@ mark.wrong {
 }
 span.right { color: var(--right); }
 @media print {
-  body { font-size: .8rem; max-width: none; padding: 0; }
   .plots { grid-template-columns: 1fr 1fr; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-  * { print-color-adjust: exact; }
 }
-"""
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
 """
