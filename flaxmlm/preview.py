@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     keys, _ = row_keys(step_key, step, batch.example)
     return objective.corrupt(keys, batch, step)
 
-  console = Console()
+  console, pairs = Console(), pair_words(c.objective.name)
   console.print(legend(tokenizer.tokens([store.vocab["mask"]])[0]))
   shown = []
   with open(args.json or os.devnull, "w", encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
       example = jax.device_get(corrupt(step, as_batch(batch)))
       for row in objects(example, batch.example, step=step):
         if row["row"] < args.rows:
-          show(row, tokenizer.tokens, store.vocab, console)
+          show(row, tokenizer.tokens, store.vocab, console, pairs=pairs)
           if args.html:
             shown.append(row)
         file.write(json.dumps(row) + "\n")
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
       tokens=tokenizer.tokens,
       vocab=store.vocab,
       specials=objectives.special_ids(store.vocab),
-      pairs=pair_words(c.objective.name),
+      pairs=pairs,
     )
     print(f"page: {args.html}")
 
@@ -180,8 +180,12 @@ def show(
   tokens: Callable[[list[int]], list[str]],
   vocab: Mapping[str, Any],
   console: Console,
+  *,
+  pairs: Mapping[int, str],
 ) -> None:
   """Prints a row: a paragraph a document, hidden tokens marked, the counts.
+
+  Of a pair, A and B are a paragraph each.
 
   Spaces stand where the flags say that a word starts; marked tokens are written
   as in the vocabulary.
@@ -191,6 +195,7 @@ def show(
     tokens: Ids → token strings, as `Tokenizer.tokens`.
     vocab: Ids of the special tokens by name, as in `Vocab`.
     console: Where to print.
+    pairs: Of `pages.rows.pair_words`.
   """
   from rich.table import Table
   from rich.text import Text
@@ -201,11 +206,13 @@ def show(
   kinds = hidden(row, mask=vocab["mask"])
   originals, shown = tokens(row["original_ids"]), tokens(row["input_ids"])
   texts = [text for _, text in join(originals)]
-  documents: dict[int, Text] = {}
+  label = row.get("pair_label", -1)
+  documents: dict[str, Text] = {}
   for place, segment in enumerate(row["segments"]):
     if segment == 0:
       continue
-    text = documents.setdefault(segment, Text())
+    name = str(segment) if label < 0 else "AB"[row["token_types"][place]]
+    text = documents.setdefault(name, Text())
     if text and row["flags"][place] & _WORD_START:
       text.append(" ")
     if place in kinds:
@@ -216,7 +223,7 @@ def show(
   padding = row["segments"].count(0)
   if padding:
     pad = tokens([vocab["pad"]])[0]
-    documents[0] = Text(f"+{padding} {pad}", style="dim")
+    documents[""] = Text(f"+{padding} {pad}", style="dim")
 
   counts = measure(row, kinds, specials)
   maskable = counts["maskable"]
@@ -224,15 +231,16 @@ def show(
   console.print(
     f"step {row['step']}, row {row['row']}, example {row['example']}:"
     f" hidden {len(kinds)} of {maskable}{share};"
-    f" {', '.join(f'{counts[kind]} {kind}' for kind in _KINDS)}",
+    f" {', '.join(f'{counts[kind]} {kind}' for kind in _KINDS)}"
+    + (f"; {pairs[label]}" if "pair_label" in row else ""),
     style="bold",
     highlight=False,
     markup=False,
   )
   table = Table.grid(padding=(0, 1))
   table.add_column(justify="right")
-  for segment, text in documents.items():
-    table.add_row(Text(f"{segment} │" if segment else "│", style="dim"), text)
+  for name, text in documents.items():
+    table.add_row(Text(f"{name} │" if name else "│", style="dim"), text)
   console.print(table)
 
 

@@ -56,6 +56,7 @@ def test_what_preview_writes_is_by_definition(store, name):
   tokens = [n for n in names if n not in pairs] or ["masked"]
   program(
     "preview",
+    "--config=configs/bert_mini.py",
     f"--workdir={folder}",
     f"--config.data.store={folder / 'store'}",
     "--config.data.row_length=96",

@@ -47,7 +47,7 @@ def tokens(ids):
 
 def printed(row, **options):
   console = Console(file=io.StringIO(), width=100, **options)
-  preview.show(row, tokens, SPECIALS, console)
+  preview.show(row, tokens, SPECIALS, console, pairs={})
   return console.file.getvalue()
 
 

@@ -102,9 +102,9 @@ class Objective(NamedTuple):
       so it is the same on any mesh, in any micro-batch, after any restart.
     run: `(model, params, example, dropout_keys) -> (hidden [B L D], sums)`.
       Each task has `nll` (what is minimised), `weight` (what it is divided by),
-      `correct`, and what else is worth a mean; they are sums over rows, never means, so that those of
-      parts of a batch add up to those of the whole. Without dropout keys there
-      is no dropout.
+      `correct`, and what else is worth a mean. They are sums over rows, never
+      means, so that those of parts of a batch add up to those of the whole.
+      Without dropout keys there is no dropout.
     weigh: `example -> {task: weight}`: each `weight` of `run`, before it runs.
     predict: `(model, params, example) -> logits [B M V]`, without dropout.
     flops: `(model, row_length) -> float`: model FLOPs of one row, forward and
