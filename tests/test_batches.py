@@ -69,7 +69,7 @@ def test_every_document_once_an_epoch(made):
   for step in range(math.ceil(plan.rows / 8)):
     batch = batches.at(made, plan, seed=1, step=step, batch_size=8)
     here = batch.example < plan.rows
-    read.update(pieces_of(batches.HostBatch(*(x[here] for x in batch))))
+    read.update(pieces_of(batches.HostBatch(*(x[here] for x in batch[:5]))))
   expected = Counter(
     tuple(ids[i : i + L - 2])
     for _, ids, _ in contents(made.train)
@@ -131,7 +131,8 @@ def test_hosts_read_parts_of_one_batch(made, weights):
     )
 
   parts = [read(shard=(i, 4)) for i in range(4)]
-  for whole, *split in zip(read(), *parts, strict=True):
+  parts = [part[:5] for part in parts]
+  for whole, *split in zip(read()[:5], *parts, strict=True):
     assert np.array_equal(whole, np.concatenate(split))
 
 
@@ -148,7 +149,7 @@ def test_weights_are_shares_of_the_rows(made):
     )
     here = np.zeros(3)
     for i in range(16):
-      row = pieces_of(batches.HostBatch(*(x[i : i + 1] for x in batch)))
+      row = pieces_of(batches.HostBatch(*(x[i : i + 1] for x in batch[:5])))
       here += [texts[source].issuperset(row) for source in range(3)]
     # Evenly through the steps, not only in the long run.
     assert np.all(np.abs(here - [10, 2, 4]) <= 1)
@@ -169,7 +170,10 @@ def test_in_order_reads_each_row_once_and_fills_up(made):
   assert plan.rows % 8
   read = list(batches.in_order(made, plan, batch_size=8))
   assert all(batch.ids.shape == (8, 16) for batch in read)
-  whole = [np.concatenate(field) for field in zip(*read, strict=True)]
+  whole = [
+    np.concatenate(field)
+    for field in zip(*(batch[:5] for batch in read), strict=True)
+  ]
   assert whole[4].tolist() == list(range(len(read) * 8))
   for row in range(plan.rows):
     expected = slow_row(made.validation, plan, row)
@@ -187,7 +191,7 @@ def test_in_order_by_hosts(made):
   ]
   number = 0
   for batch, first, second in zip(whole, *halves, strict=True):
-    for field, a, b in zip(batch, first, second, strict=True):
+    for field, a, b in zip(batch[:5], first[:5], second[:5], strict=True):
       assert np.array_equal(field, np.concatenate([a, b]))
     number += int((batch.segments.max(1) > 0).sum())
   assert number == 13

@@ -59,7 +59,7 @@ def test_what_preview_writes_is_by_definition(store, name):
     "--config=configs/bert_mini.py",
     f"--workdir={folder}",
     f"--config.data.store={folder / 'store'}",
-    "--config.data.row_length=96",
+    "--config.data.row_length=128",
     f"--config.objective.name={name}",
     "--config.model.family=electra",
     "--config.train.batch_size=128",

@@ -198,8 +198,14 @@ def test_rows_of_whole_sentences():
       stop = fits[-1] if fits else begin + 20
       want.append((begin, stop - begin))
       begin = stop
+  inner = [sum(a < s < a + n for s in starts.tolist()) for a, n in want]
+  several = [list(row) for row, count in zip(want, inner, strict=True) if count]
+  single = [
+    list(row) for row, count in zip(want, inner, strict=True) if not count
+  ]
   got = np.stack([plan.piece_start, plan.piece_length], 1)
-  assert got.tolist() == [list(row) for row in want]
+  assert got.tolist() == several + single
+  assert plan.pairs.tolist() == [len(several)]
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +246,12 @@ def test_the_other_row_is_of_another_document_and_any_of_them(store):
     mine = every[step * 32 : step * 32 + 32]
     assert (document[chosen] != document[mine]).all()
     np.add.at(seen, chosen, 1)
-  expected = seen.mean()
-  assert abs(((seen - expected) ** 2 / expected).sum() - plan.rows) < (
-    6 * (2 * plan.rows) ** 0.5
-  )
+  pairs = plan.pairs[0]
+  assert 0 < pairs < plan.rows
+  assert seen[pairs:].sum() == 0
+  expected = seen.sum() / pairs
+  chi2 = ((seen[:pairs] - expected) ** 2 / expected).sum()
+  assert abs(chi2 - pairs) < 6 * (2 * pairs) ** 0.5
 
 
 def test_halves_of_a_batch_are_the_batch(store):

@@ -72,8 +72,8 @@ def at(
     weights: Relative shares of the plans, rounded to 1/4096, at least that.
     offset: Row use that step 0 begins with; less than 0 if the order begins at
       a later step.
-    others: Whether each row is to have one of another document beside it, any
-      of them as likely, of the same plan.
+    others: Whether each row is to have one of another document beside it, of
+      several sentences, any of them as likely; for a plan of whole sentences.
     shard: (index, count): which block of B / count rows to read.
 
   Returns:
@@ -152,7 +152,7 @@ def in_order(
     numbers = first + index * size + np.arange(size)
     real = numbers[numbers < end]
     # Rows in the order of the text are no fair sample.
-    which = row_at(plan.rows, real, seed=0) if plan.sentences else real
+    which = row_at(plan.rows, real, seed=0) if len(plan.pairs) else real
     key = mix(real.view(np.uint64)) if others else None
     part = _read_with(store, plan, which, real.astype(np.int32), key)
     missing = numbers[numbers >= end]
@@ -256,19 +256,20 @@ def _choose_others(
 ) -> np.ndarray:
   """Returns for each row one of another document, each as likely.
 
-  A document's rows are neighbours in a plan of whole sentences: what is chosen
-  is a number among the rest.
+  They are of several sentences. Those of a document are neighbours in the plan:
+  what is chosen is a number among the rest.
   """
-  offsets = getattr(store, plan.split).offsets
+  offsets, pairs = getattr(store, plan.split).offsets, int(plan.pairs[0])
   number = np.searchsorted(offsets, plan.piece_start[rows], side="right")
   begin, end = np.searchsorted(
-    plan.piece_start, [offsets[number - 1], offsets[number]]
+    plan.piece_start[:pairs], [offsets[number - 1], offsets[number]]
   )
-  rest = plan.rows - (end - begin)
+  rest = pairs - (end - begin)
   if len(rest) and rest.min() == 0:
     raise InputError(
-      f"the {plan.split} split is one document, and the objective wants rows of"
-      " another one; make a store with more (data.document=paragraph)"
+      f"the {plan.split} split has several sentences in one document alone, and"
+      " the objective wants rows of another one; make a store of more documents"
+      " (data.document=paragraph)"
     )
   found = (key % rest.astype(np.uint64)).astype(np.int64)
   return found + np.where(found >= begin, end - begin, 0)

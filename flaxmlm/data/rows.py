@@ -26,7 +26,7 @@ from flaxmlm.data.store import SENTENCE_START, TokenStore
 SPECIALS = 2  # [CLS] and [SEP] of each piece
 _BLOCK = 1 << 18  # documents that are looked at together
 _FLAGS_BLOCK = 1 << 24  # tokens
-_VERSION = 2  # of the planner; part of a cached plan's name
+_VERSION = 3  # of the planner; part of a cached plan's name
 
 
 class RowPlan(NamedTuple):
@@ -34,7 +34,8 @@ class RowPlan(NamedTuple):
 
   Row r holds the pieces `row_start[r]` to `row_start[r + 1]`. A piece is the
   tokens `piece_start` to `piece_start + piece_length` of the split's ids. Rows
-  of whole `sentences` hold one piece each, in the order of the text.
+  of whole sentences hold one piece each: those of several sentences first, then
+  those of one, both in the order of the text.
   """
 
   split: str
@@ -42,7 +43,7 @@ class RowPlan(NamedTuple):
   row_start: np.ndarray  # int64 [R + 1]
   piece_start: np.ndarray  # int64 [P]
   piece_length: np.ndarray  # int32 [P], without [CLS] and [SEP]
-  sentences: bool = False
+  pairs: np.ndarray = np.zeros(0, np.int64)  # [1]: rows of several sentences
 
   @property
   def rows(self) -> int:
@@ -99,7 +100,6 @@ def plan_sentences(
   """Puts whole sentences of one document into each row, as many as fit.
 
   A row is one piece, and has room for one more [SEP]: it is to become a pair.
-  The rows are in the order of the text.
 
   Args:
     offsets: As of `plan`.
@@ -128,15 +128,17 @@ def plan_sentences(
     begin, end = stop[stop < end], end[stop < end]
   piece_start = np.concatenate([*begins, np.zeros(0, np.int64)])
   piece_length = np.concatenate([*lengths, np.zeros(0, np.int64)])
-  order = np.argsort(piece_start)
-  order = order[piece_length[order] > 0]
+  some = np.flatnonzero(piece_length)
+  inner = np.searchsorted(borders, piece_start + 1)
+  single = borders[inner[some]] >= (piece_start + piece_length)[some]
+  order = some[np.lexsort([piece_start[some], single])]
   return RowPlan(
     split,
     row_length,
     np.arange(len(order) + 1),
     piece_start[order],
     piece_length[order].astype(np.int32),
-    sentences=True,
+    np.array([np.count_nonzero(~single)]),
   )
 
 
@@ -224,7 +226,7 @@ def load(
     "rows",
     f"{split}-{row_length}-{which}-{store.hash[:16]}-v{_VERSION}",
   )
-  names = ("row_start", "piece_start", "piece_length")
+  names = RowPlan._fields[2:]
   if os.path.isdir(folder):
     try:
       arrays = [
@@ -233,7 +235,7 @@ def load(
       ]
       # Plain views: indexing a np.memmap object costs several times as much.
       views = (a.view(np.ndarray) for a in arrays)
-      return RowPlan(split, row_length, *views, sentences)
+      return RowPlan(split, row_length, *views)
     except (OSError, ValueError, EOFError) as error:
       print(f"{folder}: damaged ({error}); made again")
       shutil.rmtree(folder, ignore_errors=True)
