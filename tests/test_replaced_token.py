@@ -42,16 +42,16 @@ def parts():
 
 def test_tokens_are_drawn_by_their_probability():
   random = np.random.default_rng(0)
-  logits = random.normal(size=(1, 1, 20)).astype(np.float32) * 2
-  n = 40_000
+  logits = random.normal(size=(1, 1, 300)).astype(np.float32) * 2
+  n = 100_000
   drawn = replaced_token.draw(
     jax.random.split(jax.random.key(0), n), jnp.tile(logits, (n, 1, 1))
   )
-  counts = np.bincount(np.asarray(drawn).ravel(), minlength=20)
+  counts = np.bincount(np.asarray(drawn).ravel(), minlength=300)
   p = np.exp(logits[0, 0].astype(np.float64))
   expected = n * p / p.sum()
   chi2 = ((counts - expected) ** 2 / expected).sum()
-  assert abs(chi2 - 19) < 5 * (2 * 19) ** 0.5
+  assert abs(chi2 - 299) < 5 * (2 * 299) ** 0.5
 
 
 def test_a_drawn_token_that_is_the_original_counts_as_original():

@@ -20,6 +20,8 @@ from flaxmlm.models.model import Model, Params
 from flaxmlm.objectives import hiding, masked
 from flaxmlm.objectives.objective import Batch, Example, Objective, Sums
 
+_BLOCK = 128
+
 
 def build(options: Mapping[str, Any], **given: Any) -> Objective:
   """Returns the objective; `options` are the `objective` keys."""
@@ -120,11 +122,30 @@ def draw(
 ) -> Int[Array, "B M"]:
   """Draws a token a slot from softmax(logits): the largest under Gumbel noise.
 
+  First a block of the vocabulary, by the sums of its probabilities, then a
+  token of it: the same distribution, with noise for V / 128 + 128 numbers a
+  slot instead of V, which would take as long as a third of the step.
+
   No gradient goes through it.
   """
+  *rows, V = logits.shape
   logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-  return jnp.argmax(logits + noise, axis=-1)
+  blocks = -(-V // _BLOCK)
+  missing = ((0, 0), (0, 0), (0, blocks * _BLOCK - V))
+  logits = jnp.pad(logits, missing, constant_values=-jnp.inf)
+  logits = logits.reshape(*rows, blocks, _BLOCK)
+  keys = jax.vmap(jax.random.split)(keys)
+
+  def largest(
+    keys: Key[Array, " B"], logits: Float[Array, "B M N"]
+  ) -> Int[Array, "B M"]:
+    shape = logits.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, shape))(keys)
+    return jnp.argmax(logits + noise, axis=-1)
+
+  block = largest(keys[:, 0], jax.nn.logsumexp(logits, axis=-1))
+  inside = jnp.take_along_axis(logits, block[..., None, None], axis=2)[:, :, 0]
+  return block * _BLOCK + largest(keys[:, 1], inside)
 
 
 def replace(
