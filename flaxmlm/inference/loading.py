@@ -115,7 +115,8 @@ class LoadedModel:
     """
     if "discriminator" not in self.params:
       raise InputError("detect: there is no discriminator in the folder")
-    return self._run(_detected, input_ids, attention_mask, token_type_ids)
+    scores = self._run(_detected, input_ids, attention_mask, token_type_ids)
+    return scores[:, : np.shape(input_ids)[1]]
 
   def generator(self) -> LoadedModel:
     """Returns the generator of a run of `replaced_token`, which fills in masks.
