@@ -1,19 +1,28 @@
-"""Measures a trained model on its validation split, or on any text.
+r"""Measures a trained model: on its validation split, any text, minimal pairs.
 
   python -m flaxmlm.evaluate --workdir=runs/quickstart --source='other/*.txt'
+  python -m flaxmlm.evaluate --workdir=runs/quickstart --task=blimp \
+    --source='blimp/*.jsonl'
 
-The folder may be Hugging Face's: then --source is needed, and --config, or keys
-of it, say how it is measured (data.row_length, objective.rate).
-Masks depend on the row alone: two evaluations of the same rows agree exactly.
+The folder may be Hugging Face's: then --source is needed, and for the task
+masked --config, or keys of it, say how it is measured (data.row_length,
+objective.rate).
+masked: loss, perplexity and accuracy of masked tokens. Masks depend on the row
+alone: two evaluations of the same rows agree exactly.
+blimp: how often the right sentence of a pair is the likelier one.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+import sys
 import tempfile
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
 from flaxmlm.interop import families
@@ -22,21 +31,51 @@ from flaxmlm.training.chain import newest_step
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
+TASKS = ("masked", "blimp")
+
 
 def main(argv: list[str] | None = None) -> None:
-  """Prints loss, perplexity and accuracy beside their baselines."""
+  """Measures by the task asked for, and prints the figures."""
   parser = config.parser(__doc__)
+  parser.add_argument(
+    "--task",
+    default=TASKS[0],
+    metavar="NAME",
+    help=f"{' or '.join(TASKS)}; by default {TASKS[0]}",
+  )
   parser.add_argument(
     "--source",
     metavar="TEXT",
     help="text to measure on, in the forms of data.source; by default the"
-    " run's validation split",
+    " run's validation split; for blimp .jsonl files, one a paradigm",
   )
   parser.add_argument(
-    "--rows", type=int, metavar="N", help="rows at most; by default all"
+    "--rows",
+    type=int,
+    metavar="N",
+    help="rows at most, or pairs a paradigm; by default all",
+  )
+  parser.add_argument(
+    "--skip_long",
+    action="store_true",
+    help="blimp: leave out pairs that are too long for the model",
   )
   parser.add_argument("--json", metavar="FILE", help="write the figures here")
-  args, c = config.parse(parser, argv, huggingface=True)
+  args, keys = parser.parse_known_args(argv)
+  if args.task not in TASKS:
+    raise InputError(f"--task={args.task}: wants one of {', '.join(TASKS)}")
+  if args.rows is not None and args.rows < 1:
+    raise InputError(f"--rows={args.rows}: wants at least 1")
+  if args.task == "blimp":
+    compare_pairs(args, keys)
+  elif args.skip_long:
+    raise InputError("--skip_long is for --task=blimp; leave it out")
+  else:
+    measure_masked(*config.parse(parser, argv, huggingface=True))
+
+
+def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
+  """Prints loss, perplexity and accuracy beside their baselines."""
   is_run = not families.is_folder(args.workdir)
   if is_run and newest_step(args.workdir) is None:
     raise InputError(f"{args.workdir}: no checkpoint there yet; train first")
@@ -46,8 +85,6 @@ def main(argv: list[str] | None = None) -> None:
       f"{args.workdir} is a Hugging Face folder, without a validation split;"
       " name a text by --source"
     )
-  if args.rows is not None and args.rows < 1:
-    raise InputError(f"--rows={args.rows}: wants at least 1")
 
   from flaxmlm import prepare
   from flaxmlm.data import batches, rows
@@ -146,10 +183,128 @@ def main(argv: list[str] | None = None) -> None:
   )
   for name, value in values.items():
     print(f"{name.removeprefix('eval/'):>18}  {value:,.4f}")
-  if args.json is not None:
-    with open(args.json, "w", encoding="utf-8") as file:
-      step = {"step": m.step} if is_run else {}
-      json.dump(step | {"rows": rows_used} | values, file, indent=2)
+  step = {"step": m.step} if is_run else {}
+  write_json(args.json, step | {"rows": rows_used} | values)
+
+
+def compare_pairs(args: argparse.Namespace, keys: list[str]) -> None:
+  """Prints how often the right sentence of a minimal pair is the likelier."""
+  if args.config is not None:
+    keys = [f"--config={args.config}", *keys]
+  if keys or args.print_config:
+    raise InputError(
+      f"--task=blimp reads no config, but {(*keys, '--print_config')[0]} is"
+      " given; leave it out"
+    )
+  if args.source is None:
+    raise InputError(
+      "--task=blimp needs --source: .jsonl files of pairs, one a paradigm, such"
+      " as 'blimp/*.jsonl'"
+    )
+  is_run = not families.is_folder(args.workdir)
+  if is_run and newest_step(args.workdir) is None:
+    raise InputError(f"{args.workdir}: no checkpoint there yet; train first")
+  config.check_file("json", args.json)
+
+  from flaxmlm.data import minimal_pairs
+
+  found, others = minimal_pairs.read(args.source)
+  paradigms = {name: some[: args.rows] for name, some in found.items()}
+  pairs = [pair for some in paradigms.values() for pair in some]
+  beyond = sum(map(len, found.values())) - len(pairs)
+
+  import numpy as np
+
+  from flaxmlm import load
+
+  m = load(args.workdir)
+  if "generator" in m.params:  # ELECTRA's discriminator knows no likelihoods
+    m = m.generator()
+  with show_progress("scoring") as update:
+    scores = m.score(
+      [text for pair in pairs for text in (pair.good, pair.bad)],
+      names=[pair.where for pair in pairs for _ in range(2)],
+      skip_long=args.skip_long,
+      update=update,
+    )
+  gains = scores[0::2] - scores[1::2]  # NaN where one is too long
+  borders = np.cumsum([len(some) for some in paradigms.values()])
+  results = {}
+  for name, part in zip(paradigms, np.split(gains, borders[:-1]), strict=True):
+    part = part[~np.isnan(part)]
+    if not len(part):
+      raise InputError(f"{name}: all of its pairs are too long for the model")
+    accuracy = float(np.mean(part > 0))
+    results[name] = {"accuracy": accuracy, "pairs": len(part)}
+  mean = float(np.mean([result["accuracy"] for result in results.values()]))
+  long = np.flatnonzero(np.isnan(gains))
+
+  seen = f", step {m.step:,}," if is_run else ""
+  print(
+    f"{args.workdir}{seen} on {args.source}:"
+    f" {len(pairs) - len(long):,} pairs,"
+    f" {len(results)} paradigms"
+  )
+  width = max(map(len, (*results, "paradigm")))
+  print(f"{'paradigm':>{width}}  accuracy   pairs")
+  for name, result in results.items():
+    print(f"{name:>{width}}  {result['accuracy']:8.4f}  {result['pairs']:6,}")
+  print(f"{'mean':>{width}}  {mean:8.4f}")
+  if ties := int(np.sum(gains == 0)):
+    print(f"{ties:,} pairs have equal scores, and count as not right")
+  if beyond:
+    print(f"left out: {beyond:,} pairs beyond --rows={args.rows}")
+  if len(long):
+    print(
+      f"left out: {len(long):,} pairs longer than {m.max_length} tokens; the"
+      f" first is {pairs[long[0]].where}"
+    )
+  for path in others:
+    print(f"left out: {path}, which isn't .jsonl")
+  step = {"step": m.step} if is_run else {}
+  write_json(
+    args.json,
+    {"task": "blimp"} | step | {"accuracy": mean, "paradigms": results},
+  )
+
+
+@contextlib.contextmanager
+def show_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+  """Shows a bar on a terminal, elsewhere a line each ten seconds."""
+  if sys.stdout.isatty():
+    from rich import progress
+
+    columns = (
+      progress.TextColumn(name),
+      progress.MofNCompleteColumn(),
+      progress.BarColumn(),
+      progress.TimeElapsedColumn(),
+      progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+      task = bar.add_task(name, total=None)
+      yield lambda done, total: bar.update(task, completed=done, total=total)
+    return
+  start = last = time.perf_counter()
+
+  def update(done: int, total: int) -> None:
+    nonlocal last
+    now = time.perf_counter()
+    if now - last >= 10:
+      last = now
+      left = (now - start) * (total - done) / done
+      print(
+        f"{name}: {done:,} of {total:,} tokens, {left:.0f} s to go", flush=True
+      )
+
+  yield update
+
+
+def write_json(path: str | None, figures: dict[str, Any]) -> None:
+  """Writes figures into a `--json` file, if there is to be one."""
+  if path is not None:
+    with open(path, "w", encoding="utf-8") as file:
+      json.dump(figures, file, indent=2)
       file.write("\n")
 
 

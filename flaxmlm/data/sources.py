@@ -36,7 +36,7 @@ import sysconfig
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flaxmlm import InputError
 
@@ -93,7 +93,7 @@ def files(specs: Sequence[str]) -> list[str]:
   Raises:
     InputError: A spec names no file, or one whose ending isn't known.
   """
-  return [path for spec in specs for path in _find(spec)[0]]
+  return [path for spec in specs for path in find(spec)[0]]
 
 
 def read(
@@ -157,7 +157,7 @@ def read(
 
   found = []
   for spec in specs:
-    paths, ignored = _find(spec)
+    paths, ignored = find(spec)
     records.ignored_files += ignored
     found.append(paths)
 
@@ -179,8 +179,28 @@ def read(
   return documents()
 
 
-def _find(spec: str) -> tuple[list[str], list[str]]:
-  """Returns the files of a spec and those left out for their ending."""
+def read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields `FILE:LINE` and content of the objects of a .jsonl file, in UTF-8.
+
+  Raises:
+    InputError: While reading: a line that isn't an object, or damage.
+  """
+
+  def report(where: str, what: str, remedy: str) -> None:
+    raise InputError(f"{where}: {what}; wants one object a line, in UTF-8")
+
+  try:
+    yield from _objects(path, "utf-8", report)
+  except _Damage as damage:
+    report(*damage.args)
+
+
+def find(spec: str) -> tuple[list[str], list[str]]:
+  """Returns the files of a spec and those left out for their ending.
+
+  Raises:
+    InputError: See `files`.
+  """
   if spec == "embedded" or spec.startswith("tfds:"):
     return [], []
   if os.path.isfile(spec):
@@ -405,6 +425,15 @@ def _paragraphs(
 def _json_lines(
   path: str, field: str, encoding: str, report: _Report
 ) -> Iterator[tuple[str, str]]:
+  for where, record in _objects(path, encoding, report):
+    if _has_text(record.get(field), field, record, where, report):
+      yield where, record[field]
+
+
+def _objects(
+  path: str, encoding: str, report: _Report
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields where and content of a .jsonl file's objects."""
   for number, line in _decoded(path, encoding, _lines(path, encoding), report):
     if not line or line.isspace():
       continue
@@ -414,11 +443,11 @@ def _json_lines(
     except (ValueError, RecursionError) as error:
       report(where, f"broken JSON ({error})", "write one object a line")
       continue
-    if not isinstance(record, dict):
+    if isinstance(record, dict):
+      yield where, record
+    else:
       what = f"JSON, but not an object ({type(record).__name__})"
       report(where, what, "write one object a line")
-    elif _has_text(record.get(field), field, record, where, report):
-      yield where, record[field]
 
 
 def _has_text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from flaxmlm import InputError, models, objectives, tokenizers
 from flaxmlm.config import from_json
+from flaxmlm.inference import scoring
 from flaxmlm.interop import huggingface
 from flaxmlm.models import Inputs, Model, electra
 from flaxmlm.models.model import Params
@@ -158,9 +159,7 @@ class LoadedModel:
     single = isinstance(texts, str)
     texts = [texts] if isinstance(texts, str) else list(texts)
     self._need_head("fill_mask")
-    if self.tokenizer is None:
-      raise InputError("fill_mask: the folder has no tokenizer; put one there")
-    vocab = self.tokenizer.vocab
+    vocab = self._need_tokenizer("fill_mask").vocab
     if not 1 <= top_k <= vocab.size:
       raise InputError(f"top_k={top_k}: wants 1 to {vocab.size}")
     rows = [self._with_masks(text) for text in texts]
@@ -174,12 +173,47 @@ class LoadedModel:
         results.append(self._fill(row, scores, top_k))
     return results[0] if single else results
 
+  def score(
+    self,
+    texts: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    skip_long: bool = False,
+    update: Callable[[int, int], None] | None = None,
+  ) -> Float[np.ndarray, " S"]:
+    """Returns how likely each text is: pseudo-log-likelihoods, in nats.
+
+    See `scoring.score`, also for the arguments.
+
+    Raises:
+      InputError: A text is empty, or longer than `max_length`; the folder has
+        no MLM head or no tokenizer.
+    """
+    self._need_head("score")
+    if isinstance(texts, str):
+      raise InputError("score: wants a list of texts, not one text")
+    return scoring.score(
+      self.model,
+      self.params,
+      self._need_tokenizer("score"),
+      texts,
+      max_length=self.max_length,
+      names=names,
+      skip_long=skip_long,
+      update=update,
+    )
+
   def _need_head(self, name: str) -> None:
     if "mlm" not in self.params:
       hint = "; its generator() has one" if "generator" in self.params else ""
       raise InputError(
         f"{name}: the folder has an encoder, but no MLM head{hint}"
       )
+
+  def _need_tokenizer(self, name: str) -> Tokenizer:
+    if self.tokenizer is None:
+      raise InputError(f"{name}: the folder has no tokenizer; put one there")
+    return self.tokenizer
 
   def _with_masks(self, text: str) -> np.ndarray:
     vocab, shown = self.tokenizer.vocab, text[:40]
