@@ -363,7 +363,6 @@ def for_us(m: LoadedModel, rows: Rows) -> Example:
     slots,
     np.maximum(targets, 0),
     weights,
-    units=np.zeros_like(slots),
     counts={},
     flags=np.zeros(rows.ids.shape, np.uint8),
   )

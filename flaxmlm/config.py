@@ -590,6 +590,10 @@ def _validate_objective(
   )
   need(not weights or max(weights) > 0, "objective.weights: wants one above 0")
   need(
+    not weights or any(name in TOKEN_OBJECTIVES for name in names),
+    f"objective.weights, but {shown} alone has masked beside it; name both",
+  )
+  need(
     not c.objective.span_boundary or "span" in names,
     f"objective.span_boundary wants objective.name=span, not {shown}",
   )
@@ -608,6 +612,12 @@ def _validate_objective(
       f"objective.generator_size={share} of model.width={c.model.width},"
       f" model.heads={c.model.heads}, model.ffn={c.model.ffn} is no whole"
       " number of each",
+    )
+    heads = round(sizes["heads"])
+    need(
+      heads % max(c.mesh.tensor, 1) == 0,
+      f"mesh.tensor={c.mesh.tensor} doesn't divide the {heads} heads of a"
+      f" generator of objective.generator_size={share}",
     )
 
 

@@ -121,6 +121,7 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
       )
 
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from flaxmlm import load, objectives
@@ -135,11 +136,17 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
       ),
       jax.random.key(0),
     )
-    missing = ", ".join(name for name in needed if name not in m.params)
+    missing = ", ".join(
+      name
+      for name, tree in needed.items()
+      if name not in m.params
+      or jax.tree.map(jnp.shape, m.params[name])
+      != jax.tree.map(jnp.shape, tree)
+    )
     if missing:
       raise InputError(
-        f"{args.workdir}: has no {missing}; nothing to measure of"
-        f" objective.name={c.objective.name!r}"
+        f"{args.workdir}: has no {missing} as objective.name="
+        f"{c.objective.name!r} wants; nothing to measure"
       )
     # The frequencies of a Hugging Face folder's training aren't known.
     counts = (trained if is_run else store).counts

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
   from rich.console import Console
   from rich.text import Text
 
-  from flaxmlm.objectives import Example
+  from flaxmlm.objectives import Batch, Example
 
 _WORD_START = 1  # in `flags`
 # What becomes of a hidden token: its colours, its sign, the sign's meaning.

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
   from flaxmlm.data.store import TokenStore
 
 
+_LONGEST_WORD = 12  # tokens on average; longer ones are no words
+
+
 def main(argv: list[str] | None = None) -> None:
   """Trains a model in a workdir."""
   began = time.perf_counter()
@@ -458,7 +461,29 @@ def open_data(
   plans = [
     rows.load(store, "train", L, source=s, sentences=sentences) for s in sources
   ]
-  return store, plans, rows.load(store, "validation", L, sentences=sentences)
+  validation = rows.load(store, "validation", L, sentences=sentences)
+  if config.wants_others(c):
+    for plan in [*plans, validation]:
+      check_others(store, plan)
+  return store, plans, validation
+
+
+def check_others(store: TokenStore, plan: RowPlan) -> None:
+  """Raises InputError if a plan's rows are of fewer than two documents.
+
+  Rows of several sentences alone count.
+  """
+  import numpy as np
+
+  first = plan.piece_start[: int(plan.pairs[0])]
+  offsets = getattr(store, plan.split).offsets
+  ends = np.searchsorted(offsets, first[[0, -1]] if len(first) else [], "right")
+  if len(set(ends.tolist())) < 2:
+    raise InputError(
+      f"{store.folder}: a source's {plan.split} split has several sentences in"
+      " fewer than two documents, and next_sentence wants rows of another one;"
+      " make a store of more, by data.document=paragraph"
+    )
 
 
 def check_flags(store: TokenStore, c: ConfigDict) -> None:
@@ -484,12 +509,13 @@ def check_flags(store: TokenStore, c: ConfigDict) -> None:
       )
   if {"ngram", "span", "whole_word"} & set(config.as_tuple(c.objective.name)):
     words = max(np.count_nonzero(flags & WORD_START), 1)
-    length, budget = len(flags) / words, c.objective.rate * c.data.row_length
+    length = len(flags) / words
+    budget = min(c.objective.rate * c.data.row_length, _LONGEST_WORD)
     if length > budget:
       raise InputError(
-        f"{asked}: {store.folder} has {length:.0f} tokens a word, more than the"
-        f" {budget:.0f} that are hidden of a row; make a store with words, for"
-        " Chinese by tokenizer.words=jieba"
+        f"{asked}: {store.folder} has {length:.0f} tokens a word, more than"
+        f" {budget:.0f}; make a store with words, for Chinese by"
+        " tokenizer.words=jieba"
       )
 
 

@@ -191,13 +191,21 @@ def test_rows_of_whole_sentences():
   starts = starts[starts >= 7]
   plan = rows.plan_sentences(offsets, starts, 23)
   want = []
-  for begin, end in itertools.pairwise(offsets.tolist()):
-    cuts = [s for s in starts.tolist() if begin < s < end] + [end]
+  for number, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+    cuts = [begin, *(s for s in starts.tolist() if begin < s < end), end]
+    backward = int(rows.mix(np.uint64(number))[0]) & 1
     while begin < end:
-      fits = [c for c in cuts if begin < c <= begin + 20]
-      stop = fits[-1] if fits else begin + 20
-      want.append((begin, stop - begin))
-      begin = stop
+      if backward:
+        fits = [c for c in cuts if end - 20 <= c < end]
+        stop = fits[0] if fits else end - 20
+        want.append((stop, end - stop))
+        end = stop
+      else:
+        fits = [c for c in cuts if begin < c <= begin + 20]
+        stop = fits[-1] if fits else begin + 20
+        want.append((begin, stop - begin))
+        begin = stop
+  want.sort()
   inner = [sum(a < s < a + n for s in starts.tolist()) for a, n in want]
   several = [list(row) for row, count in zip(want, inner, strict=True) if count]
   single = [
@@ -275,3 +283,28 @@ def test_each_row_once_in_evaluation(store):
   assert sorted(numbers.tolist()) == list(range(plan.rows))
   ids = np.concatenate([b.ids for b in found])[: plan.rows]
   assert sum(map(len, {tuple(r) for r in ids.tolist()})) == ids.size
+
+
+def test_lengths_do_not_tell_the_order_of_filled_rows():
+  """Rows as they are filled, of documents of many sentences."""
+  random = np.random.default_rng(0)
+  offsets = np.cumsum([0, *random.integers(2000, 4000, 400)])
+  lengths = random.geometric(1 / 20, offsets[-1] // 15)
+  starts = np.cumsum(lengths)[np.cumsum(lengths) < offsets[-1]]
+  plan = rows.plan_sentences(offsets, starts, 80)
+  borders = np.union1d(starts, offsets)
+  order = random.permutation(int(plan.pairs[0]))
+  first, length = plan.piece_start[order], plan.piece_length[order]
+  low = np.searchsorted(borders, first, "right")
+  high = np.searchsorted(borders, first + length)
+  split = borders[random.integers(low, high)]
+  a, b = split - first, first + length - split
+  label = random.integers(0, 2, len(a))
+  shown = np.where(label, b, a), np.where(label, a, b)
+  columns = [*shown, shown[0] > shown[1], shown[0] - shown[1], np.ones_like(a)]
+  x = np.stack(columns, 1).astype(float)
+  half = len(a) // 2
+  weights, *_ = np.linalg.lstsq(x[:half], label[:half] - 0.5, rcond=None)
+  right = ((x[half:] @ weights > 0) == (label[half:] > 0)).mean()
+  assert len(a) > 15_000
+  assert abs(right - 0.5) < 0.02

@@ -124,7 +124,6 @@ def test_objects_are_the_rows_and_json():
   example = Example(
     Inputs(shown, batch.segments, batch.positions, np.zeros_like(shown)),
     *(np.array([ROW[name]] * 2) for name in ("slots", "targets", "weights")),
-    units=np.zeros((2, 4), np.int32),
     counts={},
     flags=batch.flags,
   )

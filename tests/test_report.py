@@ -288,7 +288,6 @@ def test_guesses_leave_out_unused_slots_and_rows_of_padding():
     np.array([[2, 0], [0, 0]]),
     np.array([[6, 0], [0, 0]]),
     np.array([[1.0, 0.0], [0.0, 0.0]], np.float32),
-    units=flat[:, :2],
     counts={},
     flags=flat.astype(np.uint8),
   )

@@ -152,7 +152,12 @@ def test_a_rate_that_changes_does_so_in_exact_stairs():
   keys = jax.random.split(jax.random.key(4), 50)
   maskable = is_maskable(batch).sum(1)
   corrupt = make("masked", rate=0.3, rate_end=0.1)
-  for step, rate in ((0, 0.3), (50, 0.2), (100, 0.1)):
+  for step, rate in (
+    (0, 0.3),
+    (33, 0.3 - 0.2 / 3),
+    (66, 0.3 - 0.4 / 3),
+    (99, 0.1),
+  ):
     example = jax.device_get(corrupt(keys, batch, step))
     want = [max(1, round(rate * n)) if n else 0 for n in maskable]
     assert example.weights.sum(1).tolist() == want

@@ -3,8 +3,7 @@
 python -m flaxmlm.train --config=configs/objectives/next_sentence.py \
     --config.data.source='texts/*.txt' --workdir=runs/next_sentence
 
-Model and data are those of configs/bert_mini.py; docs/objectives.md compares
-what is learnt in the same time.
+Model and data are those of configs/bert_mini.py; see docs/objectives.md.
 """
 
 import os

@@ -3,8 +3,7 @@
 python -m flaxmlm.train --config=configs/objectives/replaced_token.py \
     --config.data.source='texts/*.txt' --workdir=runs/replaced_token
 
-Model and data are those of configs/bert_mini.py; docs/objectives.md compares
-what is learnt in the same time.
+Model and data are those of configs/bert_mini.py; see docs/objectives.md.
 """
 
 import os

@@ -1,10 +1,9 @@
-"""Words are hidden, and the order of two segments is asked for (ALBERT).
+"""N-grams are hidden, and the order of two segments is asked for (ALBERT).
 
 python -m flaxmlm.train --config=configs/objectives/sentence_order.py \
     --config.data.source='texts/*.txt' --workdir=runs/sentence_order
 
-Model and data are those of configs/bert_mini.py; docs/objectives.md compares
-what is learnt in the same time.
+Model and data are those of configs/bert_mini.py; see docs/objectives.md.
 """
 
 import os

@@ -73,7 +73,8 @@ def at(
     offset: Row use that step 0 begins with; less than 0 if the order begins at
       a later step.
     others: Whether each row is to have one of another document beside it, of
-      several sentences, any of them as likely; for a plan of whole sentences.
+      several sentences, any of them as likely; for a plan of whole sentences
+      of two documents at least.
     shard: (index, count): which block of B / count rows to read.
 
   Returns:
@@ -81,8 +82,7 @@ def at(
     number of the row use, modulo 2^31: no two uses of a row share it.
 
   Raises:
-    InputError: A plan has no rows; the hosts don't divide the batch; another
-      document is asked for, and there is only one.
+    InputError: A plan has no rows; the hosts don't divide the batch.
   """
   plans = (plans,) if isinstance(plans, RowPlan) else tuple(plans)
   index, count = shard
@@ -265,12 +265,6 @@ def _choose_others(
     plan.piece_start[:pairs], [offsets[number - 1], offsets[number]]
   )
   rest = pairs - (end - begin)
-  if len(rest) and rest.min() == 0:
-    raise InputError(
-      f"the {plan.split} split has several sentences in one document alone, and"
-      " the objective wants rows of another one; make a store of more documents"
-      " (data.document=paragraph)"
-    )
   found = (key % rest.astype(np.uint64)).astype(np.int64)
   return found + np.where(found >= begin, end - begin, 0)
 

@@ -100,6 +100,9 @@ def plan_sentences(
   """Puts whole sentences of one document into each row, as many as fit.
 
   A row is one piece, and has room for one more [SEP]: it is to become a pair.
+  What doesn't fit any more begins the next row, so first sentences tend to be
+  long; half of the documents are filled from their end, where it is the last
+  ones: then lengths don't tell which part of a row was first.
 
   Args:
     offsets: As of `plan`.
@@ -117,17 +120,11 @@ def plan_sentences(
   offsets = np.asarray(offsets, np.int64)
   borders = np.union1d(starts, offsets)
   begin, end = offsets[:-1], offsets[1:]
-  begins, lengths = [], []
-  # A turn cuts the next row off every document that goes on.
-  while len(begin):
-    limit = np.minimum(begin + room, end)
-    stop = borders[np.searchsorted(borders, limit, side="right") - 1]
-    stop = np.where(stop > begin, stop, limit)
-    begins.append(begin)
-    lengths.append(stop - begin)
-    begin, end = stop[stop < end], end[stop < end]
-  piece_start = np.concatenate([*begins, np.zeros(0, np.int64)])
-  piece_length = np.concatenate([*lengths, np.zeros(0, np.int64)])
+  backward = (mix(np.arange(len(begin))) & np.uint64(1)).astype(bool)
+  starts, stops = _fill(begin[~backward], end[~backward], borders, room)
+  mirrored = _fill(-end[backward], -begin[backward], -borders[::-1], room)
+  piece_start = np.concatenate([starts, -mirrored[1]])
+  piece_length = np.concatenate([stops - starts, mirrored[1] - mirrored[0]])
   some = np.flatnonzero(piece_length)
   inner = np.searchsorted(borders, piece_start + 1)
   single = borders[inner[some]] >= (piece_start + piece_length)[some]
@@ -140,6 +137,26 @@ def plan_sentences(
     piece_length[order].astype(np.int32),
     np.array([np.count_nonzero(~single)]),
   )
+
+
+def _fill(
+  begin: np.ndarray, end: np.ndarray, borders: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns where pieces of at most `room` tokens begin and end, at borders.
+
+  Each goes as far as it can, from where the one before it ends; where there is
+  no border, it is cut. `begin` and `end` are those of documents.
+  """
+  begins, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+  # A turn cuts the next piece off every document that goes on.
+  while len(begin):
+    limit = np.minimum(begin + room, end)
+    stop = borders[np.searchsorted(borders, limit, side="right") - 1]
+    stop = np.where(stop > begin, stop, limit)
+    begins.append(begin)
+    ends.append(stop)
+    begin, end = stop[stop < end], end[stop < end]
+  return np.concatenate(begins), np.concatenate(ends)
 
 
 def find_sentences(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ class LoadedModel:
     """Returns the pooler's output, float32: `pooler_output` in transformers.
 
     Arguments and errors are those of `encode`. Masked language modelling trains
-    no pooler: only a Hugging Face folder may have one.
+    no pooler: a run has one if its objective asks about pairs.
     """
     if "pooler" not in self.params:
       raise InputError("pool: there is no pooler in the folder")

@@ -31,6 +31,7 @@ _BY_TOKEN = (
 )
 
 
+_FIT = ("encoder", "mlm")  # what is made to fit
 _DIMENSIONS = ("layers", "width", "heads", "ffn")
 
 
@@ -102,6 +103,7 @@ def start_from(
     means = [old[row].mean(axis=0) if row else every for row in rows]
     return jnp.asarray(np.stack(means))
 
+  heads = {name: params.pop(name) for name in list(params) if name not in _FIT}
   params = jax.tree_util.tree_map_with_path(fit, params)
   params = _with_positions(params, m.config["model"], options, folder, say)
   old = m.config["model"]
@@ -120,6 +122,13 @@ def start_from(
       f"{folder}: {count_parameters(m.params):,} parameters are tiled into"
       f" {count_parameters(params):,} ({', '.join(changes)})"
     )
+  # Other heads fit as they are, or not at all.
+  for name, tree in heads.items():
+    shapes = [jax.tree.map(lambda x: x.shape, of) for of in (tree, fresh[name])]
+    if rows is None and not changed and shapes[0] == shapes[1]:
+      params[name] = tree
+    else:
+      say(f"{folder}: its {name} doesn't fit; that begins anew")
   return fresh | params
 
 

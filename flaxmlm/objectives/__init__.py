@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from jaxtyping import Array, Key
 
 from flaxmlm.models.model import Model, Params
@@ -88,8 +89,9 @@ def init_params(
   if pair is not None:
     heads = ["pooler", "pair"] if model.pool else ["pair"]
   if tokens == "replaced_token":
-    own = replaced_token.init_params(key, model=model, options=options)
-    return model.init(key, heads=tuple(heads)) | own
+    own_key, heads_key = jax.random.split(key)
+    own = replaced_token.init_params(own_key, model=model, options=options)
+    return model.init(heads_key, heads=tuple(heads)) | own
   if options["span_boundary"]:
     heads.append("span_boundary")
   return model.init(key, heads=("mlm", *heads))

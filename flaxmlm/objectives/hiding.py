@@ -24,8 +24,8 @@ from flaxmlm.objectives.objective import (
   special_ids,
 )
 
-# A rate that changes does so in so many stairs of equal length: each has a
-# table of budgets, so that no device can round otherwise.
+# A rate that changes does so in so many stairs of equal length, fewer in a
+# short run. Each has a table of budgets: no device can round them otherwise.
 STAIRS = 100
 
 
@@ -68,7 +68,7 @@ def make(
     vocab: See `objectives.build`.
     steps: Of the run, over which the rate changes.
   """
-  tables = make_tables(row_length, options)
+  tables, width = make_tables(row_length, options, steps=steps)
   # Every row has at least [CLS] and [SEP].
   M = int(tables[:, max(row_length - 2, 0)].max())
   forbidden = jnp.asarray(special_ids(vocab), jnp.int32)
@@ -79,7 +79,7 @@ def make(
     keys = jax.vmap(jax.random.split)(keys)
     pick_keys, replace_keys = keys[:, 0], keys[:, 1]
     maskable = (batch.segments > 0) & ~jnp.isin(batch.ids, forbidden)
-    stair = step * (len(tables) - 1) // steps
+    stair = jnp.minimum(step // width, len(tables) - 1)
     budgets = jnp.asarray(tables)[stair, maskable.sum(axis=1)]
     unit, counts = pick(pick_keys, batch, maskable, budgets)
     slots, weights = find_slots(unit > 0, M)
@@ -101,7 +101,7 @@ def make(
     inputs = Inputs(
       ids, batch.segments, batch.positions, jnp.zeros_like(batch.ids)
     )
-    return Example(inputs, slots, targets, weights, units, counts, batch.flags)
+    return Example(inputs, slots, targets, weights, counts, batch.flags)
 
   def run(
     model: Model,
@@ -133,20 +133,23 @@ def make(
 
 
 def make_tables(
-  row_length: int, options: Mapping[str, Any]
-) -> Int[np.ndarray, "R L1"]:
+  row_length: int, options: Mapping[str, Any], *, steps: int
+) -> tuple[Int[np.ndarray, "R L1"], int]:
   """Returns how many tokens to hide of 0 … L maskable ones, a row a stair.
 
-  One row for a rate that doesn't change.
+  And how many steps a stair has. There is one for a rate that doesn't change;
+  else the first has `rate` and the last `rate_end`.
   """
   first, last = options["rate"], options["rate_end"]
   if last is None or last == first:
-    return budgets(row_length, first)[None]
-  share = np.linspace(0.0, 1.0, STAIRS + 1)
+    return budgets(row_length, first)[None], steps
+  width = -(-steps // STAIRS)
+  share = np.linspace(0.0, 1.0, (steps - 1) // width + 1)
   if options["rate_schedule"] == "cosine":
     share = 0.5 - 0.5 * np.cos(math.pi * share)
   rates = first + (last - first) * share
-  return np.stack([budgets(row_length, rate) for rate in rates.tolist()])
+  tables = [budgets(row_length, rate) for rate in rates.tolist()]
+  return np.stack(tables), width
 
 
 def budgets(most: int, rate: float) -> Int[np.ndarray, " L1"]:

@@ -63,7 +63,6 @@ class Example(NamedTuple):
     slots: Positions in the row that are asked about, ascending.
     targets: The original token at each slot.
     weights: Weight of each slot in the loss; 0 where a slot is not used.
-    units: What was chosen at once (a token, a span) has one number a slot.
     counts: Numbers a row that are added up and logged by name.
     flags: As of a batch, of the tokens where they are now.
     pairs: See `Pairs`; None if the objective asks nothing of pairs.
@@ -74,7 +73,6 @@ class Example(NamedTuple):
   slots: Int[Array, "B M"]
   targets: Int[Array, "B M"]
   weights: Float[Array, "B M"]
-  units: Int[Array, "B M"]
   counts: Mapping[str, Float[Array, " B"]]
   flags: UInt8[Array, "B L"]
   pairs: Pairs | None = None

@@ -75,10 +75,6 @@ def beside(
     example: Example,
     dropout_keys: Key[Array, " B"] | None,
   ) -> tuple[Float[Array, "B L D"], Sums]:
-    if model.token_types < 2:  # of a family that has no segments
-      types = jnp.zeros_like(example.inputs.token_types)
-      inputs = example.inputs._replace(token_types=types)
-      example = example._replace(inputs=inputs)
     hidden, sums = objective.run(model, params, example, dropout_keys)
     logits = model.classify(params, hidden)
     labels, weights = example.pairs

@@ -60,14 +60,13 @@ def build(options: Mapping[str, Any], **given: Any) -> Objective:
 def find_ends(
   example: Example,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
-  """Returns the first and the last place of each slot's span.
+  """Returns the first and the last place of each slot's run of hidden tokens.
 
-  Every place of a span is a slot, so they are found among the slots. At slots
+  Two spans that touch are one: what stands around is never hidden. At slots
   that aren't used, anything within a row.
   """
-  slots, units = example.slots, example.units
-  used = example.weights > 0
-  same = (units[:, 1:] == units[:, :-1]) & used[:, 1:]
+  slots, used = example.slots, example.weights > 0
+  same = (slots[:, 1:] == slots[:, :-1] + 1) & used[:, 1:]
   begins = jnp.pad(~same, ((0, 0), (1, 0)), constant_values=True)
   ends = jnp.pad(~same, ((0, 0), (0, 1)), constant_values=True)
   first = jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)

@@ -60,7 +60,7 @@ def pick_words(
 
   The words are gone through in random order. At each that is free, a length of
   n words is drawn, and the longest span of up to n words is taken that begins
-  there, stays in its run, touches no other span and fits what is left of the
+  there, stays in its run, overlaps no other span and fits what is left of the
   budget; if there is none, the word is passed over. So google-research/bert
   (`create_masked_lm_predictions`) takes words, and google-research/albert (the
   same name) n-grams.

@@ -112,7 +112,7 @@ def means(
   """
   each = {}
   for task in shares:
-    weight = max(sums[task]["weight"], 1.0)
+    weight = sums[task]["weight"] or math.nan  # nothing was asked
     names = {"nll": "loss", "correct": "accuracy"}
     for name, value in sums[task].items():
       if name != "weight":

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+_LOGITS = ("pair/dense/kernel", "discriminator/prediction/kernel")
+
 
 def make_schedule(
   options: Mapping[str, Any], *, steps: int, peak: float
@@ -92,10 +94,15 @@ def make_optimizer(
 
 
 def _muon_labels(params: Any) -> Any:
-  """Labels the matrices of layers and of the head's transform `muon`."""
+  """Labels the matrices of layers and of heads' transforms `muon`.
+
+  What gives logits isn't: of a matrix for two classes Muon would make steps of
+  one size in two directions, whatever the gradient.
+  """
 
   def label(path: tuple[Any, ...], leaf: jax.Array) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return "muon" if name.endswith("kernel") and leaf.ndim == 2 else "adamw"
+    inner = name.endswith("kernel") and not name.endswith(_LOGITS)
+    return "muon" if inner and leaf.ndim == 2 else "adamw"
 
   return jax.tree_util.tree_map_with_path(label, params)
