@@ -464,7 +464,8 @@ def open_data(
   validation = rows.load(store, "validation", L, sentences=sentences)
   if config.wants_others(c):
     for plan in [*plans, validation]:
-      check_others(store, plan)
+      if plan.rows:
+        check_others(store, plan)
   return store, plans, validation
 
 
