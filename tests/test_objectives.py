@@ -27,6 +27,7 @@ def build(name, **changes):
   c = tiny(
     objective__name=name,
     data__row_length=L,
+    train__batch_size=32,
     model__max_positions=L,
     model__family="electra" if name == "replaced_token" else "bert",
     model__heads=4,

@@ -173,12 +173,11 @@ def _training(phase: Phase) -> dict[str, str]:
   """Returns the facts of the training."""
   train, objective = phase.config["train"], dict(phase.config["objective"])
   optimizer, begun = phase.config["optimizer"], phase.config["model"]
-  name, B = objective.pop("name"), train["batch_size"]
-  name = name if isinstance(name, str) else " + ".join(name)
+  B = train["batch_size"]
   L, steps = phase.config["data"]["row_length"], phase.last_step
   steps -= phase.first_step
   facts = {
-    "objective": ", ".join([name, *(f"{k}={v}" for k, v in objective.items())]),
+    "objective": _objective(objective),
     "steps": f"{steps:,} of {B:,} rows of {L:,} tokens,"
     f" {steps * B * L:,} tokens in all",
   }
@@ -196,3 +195,20 @@ def _training(phase: Phase) -> dict[str, str]:
   if begun["init_from"] is not None:
     facts["started from"] = f"`{begun['init_from']}`"
   return facts
+
+
+def _objective(options: dict[str, Any]) -> str:
+  """Returns an objective in a line, without keys that it doesn't look at."""
+  name = options.pop("name")
+  names = (name,) if isinstance(name, str) else tuple(name)
+  idle = {"weights"} if not options["weights"] else set()
+  if options["rate_end"] is None:
+    idle |= {"rate_end", "rate_schedule"}
+  if options["temperature"] == 1:
+    idle.add("temperature")
+  if not options["span_boundary"]:
+    idle.add("span_boundary")
+  if "replaced_token" not in names:
+    idle |= {"generator_size", "discriminator_weight"}
+  given = [f"{k}={v}" for k, v in options.items() if k not in idle]
+  return ", ".join([" + ".join(names), *given])
