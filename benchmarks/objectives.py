@@ -92,6 +92,7 @@ def make_batch(shape: Shape) -> Batch:
   random = np.random.default_rng(0)
   ids, segments, positions = make_rows(shape)
   starts = random.random(ids.shape) < 0.7
+  starts[:, [0, 1, -2]] = True
   sentences = random.random(ids.shape) < 0.05
   flags = (starts | sentences) + 2 * sentences
   # Room for one more [SEP].

@@ -45,7 +45,8 @@ class Key(NamedTuple):
 
 # What `objective.name` may name: what hides tokens, and asks about pairs.
 TOKEN_OBJECTIVES = ("masked", "ngram", "replaced_token", "span", "whole_word")
-PAIR_OBJECTIVES = ("next_sentence", "sentence_order")
+PAIR_OBJECTIVES = ("next_sentence", "sentence_order", "sentence_pair")
+_MAX_LABELS = 32  # five bits in the store's flags
 
 # fmt: off
 KEYS: dict[str, Key] = {
@@ -58,6 +59,8 @@ KEYS: dict[str, Key] = {
   "data.store": Key(None, str, "Folder of a store made by `prepare`. None: WORKDIR/store, made when it is missing.", optional=True),
   "data.row_length": Key(128, int, "Row length L, [CLS] and [SEP] included.", unit="tokens", low=8, high=131072),
   "data.text_field": Key("text", str, "Field or column that holds the text, in .jsonl, .parquet, .csv, .tsv and tfds sources."),
+  "data.pair_field": Key(None, str, "Field or column that holds a second text: documents are pairs then, with a label. None: they are texts.", optional=True),
+  "data.label_field": Key("label", str, "Field or column that holds a pair's label, a string or an integer: one of `objective.labels`."),
   "data.document": Key("file", str, "What a document is in a .txt file: the `file`, a `paragraph` (block between blank lines) or a `line`.", choices=("file", "paragraph", "line")),
   "data.encoding": Key("utf-8", str, "Encoding of text files."),
   "data.on_bad_record": Key("error", str, "What to do with undecodable bytes, broken JSON, a missing field: stop, or skip and count.", choices=("error", "skip")),
@@ -106,8 +109,9 @@ KEYS: dict[str, Key] = {
   "model.norm_eps": Key(1e-12, float, "Epsilon of LayerNorm.", low=1e-20, high=1),
   "model.init_stddev": Key(0.02, float, "Standard deviation of the truncated-normal init.", low=0, high=10),
 
-  "objective.name": Key("masked", "strings", "What is hidden and asked (docs/objectives.md): tokens (`masked`), words (`whole_word`), n-grams of up to 3 words (`ngram`), spans of up to 10 (`span`), or ELECTRA's `replaced_token`; beside one of these, as a tuple, a question about pairs. Pairs alone have `masked` beside them.", choices=(*TOKEN_OBJECTIVES, *PAIR_OBJECTIVES)),
+  "objective.name": Key("masked", "strings", "What is hidden and asked (docs/objectives.md): tokens (`masked`), words (`whole_word`), n-grams of up to 3 words (`ngram`), spans of up to 10 (`span`), or ELECTRA's `replaced_token`; beside one of these, as a tuple, a question about pairs (`next_sentence`, `sentence_order`, or `sentence_pair`, whose labels come with the data). Pairs alone have `masked` beside them.", choices=(*TOKEN_OBJECTIVES, *PAIR_OBJECTIVES)),
   "objective.weights": Key((), "floats", "Weight of each of `objective.name` in the loss. Empty: 1.", low=0),
+  "objective.labels": Key(None, "strings", "What `sentence_pair` tells apart: the labels of pairs, in the order of their classes.", optional=True),
   "objective.rate": Key(0.15, float, "Share of the tokens of a row that is to be predicted.", low=0.001, high=1),
   "objective.rate_end": Key(None, float, "That share at the end of the run, in a hundred stairs from `objective.rate`; validation keeps the first. None: it stays.", low=0.001, high=1, optional=True),
   "objective.rate_schedule": Key("linear", str, "How the share gets to `objective.rate_end`.", choices=("cosine", "linear")),
@@ -597,6 +601,29 @@ def _validate_objective(
     not c.objective.span_boundary or "span" in names,
     f"objective.span_boundary wants objective.name=span, not {shown}",
   )
+  labels, store = c.objective.labels, c.data.store
+  need(
+    labels is None or 2 <= len(set(as_tuple(labels))) <= _MAX_LABELS,
+    f"objective.labels={labels!r}: wants 2 to {_MAX_LABELS} different labels",
+  )
+  need(
+    labels is None or len(set(as_tuple(labels))) == len(as_tuple(labels)),
+    f"objective.labels={labels!r}: names one twice",
+  )
+  need(
+    labels is not None or c.data.pair_field is None,
+    f"data.pair_field={c.data.pair_field} wants objective.labels, the values of"
+    f" the field {c.data.label_field!r}",
+  )
+  if "sentence_pair" in names:
+    need(
+      labels is not None,
+      f"{shown} wants objective.labels, the labels of the pairs",
+    )
+    need(
+      c.data.pair_field is not None or store is not None,
+      f"{shown} wants data.pair_field, the field that holds the second text",
+    )
   if "replaced_token" in names:
     need(
       c.model.family == "electra",
@@ -621,9 +648,12 @@ def _validate_objective(
     )
 
 
-def asks_about_pairs(c: ConfigDict) -> bool:
-  """Whether the objective wants rows of whole sentences."""
-  return any(name in PAIR_OBJECTIVES for name in as_tuple(c.objective.name))
+def row_kind(c: ConfigDict) -> str:
+  """Returns what the objective's rows are made of; see `data.rows.load`."""
+  names = as_tuple(c.objective.name)
+  if "sentence_pair" in names:
+    return "pairs"
+  return "sentences" if set(names) & set(PAIR_OBJECTIVES) else "packed"
 
 
 def wants_others(c: ConfigDict) -> bool:

@@ -88,7 +88,7 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
 
   from flaxmlm import prepare
   from flaxmlm.data import batches, rows
-  from flaxmlm.train import open_data
+  from flaxmlm.train import check_others, open_data
 
   with contextlib.ExitStack() as stack:
     tokenizer = c.tokenizer.path
@@ -114,11 +114,10 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
         os.path.join(folder, "store"),
       )
       plan = rows.load(
-        store,
-        "train",
-        c.data.row_length,
-        sentences=config.asks_about_pairs(c),
+        store, "train", c.data.row_length, kind=config.row_kind(c)
       )
+      if config.wants_others(c):
+        check_others(store, plan)
 
     import jax
     import jax.numpy as jnp

@@ -83,6 +83,9 @@ def main(argv: list[str] | None = None) -> None:
   print(f"{args.workdir} -> {out}, a Hugging Face folder")
   for name, value in facts.items():
     print(f"{name:>14}  {value}")
+  left = set(m.params) - set(exporting.kept(m)) - {"generator"}
+  if left:
+    print(f"{'left out':>14}  {', '.join(sorted(left))}: no such head there")
 
   tokenizer_json = to_json(m.tokenizer)
   lines, notes = check_tokenizer(

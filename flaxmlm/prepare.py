@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
   from flaxmlm.data.sources import BadRecords, Document
   from flaxmlm.data.store import Shard, TokenStore
   from flaxmlm.tokenizers import Tokenizer
+  from flaxmlm.tokenizers.vocab import Encoded
 
 # Characters of a shard: large enough to keep a process busy for a fraction of a
 # second, small enough for its tokens to be a few MB.
@@ -47,6 +49,7 @@ SHARD_CHARS = 4 << 20
 _OVERSAMPLE = 8
 _SAMPLE_FILES = 16
 _BLOCK_CHARS = 1 << 20
+_PAIR_BORDER = "\x1e"  # "record separator"; cleaning leaves none in a text
 
 # Called with bytes, documents and tokens that have been done so far.
 Update = Callable[[int, int, int], None]
@@ -94,12 +97,10 @@ def main() -> None:  # noqa: D103
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(facts, file, indent=2)
       file.write("\n")
-  given = f" --config={args.config}" if args.config else ""
+  given = [a for a in sys.argv[1:] if a.startswith("--config")]
+  line = [*given, f"--config.data.store={args.out}", "--workdir=runs/NAME"]
   print(f"store: {args.out}")
-  print(
-    f"next:  python -m flaxmlm.train{given} --config.data.store={args.out}"
-    " --workdir=runs/NAME"
-  )
+  print(f"next:  python -m flaxmlm.train {shlex.join(line)}")
 
 
 def prepare_store(
@@ -240,14 +241,14 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def tokenize_shard(
-  documents: Iterable[tuple[str, int]],
+  documents: Iterable[Document],
   tokenizer: Tokenizer,
   cleaning: Mapping[str, Any],
 ) -> Shard:
   """Cleans and tokenizes documents: a pure function, run anywhere.
 
   Args:
-    documents: Texts, each with the index of its source.
+    documents: What was read.
     tokenizer: Turns text into ids.
     cleaning: The keys under `data.cleaning`.
 
@@ -257,18 +258,20 @@ def tokenize_shard(
   import numpy as np
 
   from flaxmlm.data import store
-  from flaxmlm.data.cleaning import clean, fingerprint
 
   counts: Counter[str] = Counter(read=0)
   changed: Counter[str] = Counter()
-  texts, sources = [], []
-  for raw, source in documents:
+  kept = []
+  for document in documents:
     counts["read"] += 1
-    text = clean(raw, cleaning, changed)
-    if text is not None:
-      texts.append(text)
-      sources.append(source)
-  encoded = tokenizer.encode_batch(texts)
+    document = _clean(document, cleaning, changed)
+    if document is not None:
+      kept.append(document)
+  every = iter(tokenizer.encode_batch([t for d in kept for t in d.texts]))
+  encoded = [
+    next(every) if d.pair is None else _join(next(every), next(every), d.label)
+    for d in kept
+  ]
   lengths = np.array([len(e.ids) for e in encoded], np.int64)
   some = np.flatnonzero(lengths)
   counts["too_short"] = changed.pop("too_short", 0)
@@ -281,10 +284,48 @@ def tokenize_shard(
     ),
     flags=np.concatenate([np.zeros(0, "u1"), *(e.flags for e in encoded)]),
     lengths=lengths[some],
-    characters=np.array([len(texts[i]) for i in some], np.int64),
-    fingerprints=np.array([fingerprint(texts[i]) for i in some], np.uint64),
-    sources=np.array(sources, np.uint16)[some],
+    characters=np.array([sum(map(len, kept[i].texts)) for i in some], np.int64),
+    fingerprints=np.array([_fingerprint(kept[i]) for i in some], np.uint64),
+    sources=np.array([d.source for d in kept], np.uint16)[some],
     counts=counts,
+  )
+
+
+def _clean(
+  document: Document, cleaning: Mapping[str, Any], counts: Counter[str]
+) -> Document | None:
+  """Returns a document with clean texts, None if one of them is too short."""
+  from flaxmlm.data.cleaning import clean
+
+  texts = []
+  for raw in document.texts:
+    text = clean(raw, cleaning, counts)
+    if text is None:
+      return None
+    texts.append(text)
+  return document._replace(**dict(zip(("text", "pair"), texts, strict=False)))
+
+
+def _fingerprint(document: Document) -> int:
+  """Returns the fingerprint of clean text, or of both, whatever the label."""
+  from flaxmlm.data.cleaning import fingerprint
+
+  return fingerprint(_PAIR_BORDER.join(document.texts))
+
+
+def _join(first: Encoded, second: Encoded, label: int) -> Encoded:
+  """Returns a pair's tokens, the second text's first with the label."""
+  import numpy as np
+
+  from flaxmlm.data import store
+
+  if not len(first.ids) or not len(second.ids):
+    return first._replace(ids=first.ids[:0], flags=first.flags[:0])
+  flags = second.flags.copy()
+  flags[0] |= store.PAIR_START | label << store.LABEL_SHIFT
+  return first._replace(
+    ids=np.concatenate([first.ids, second.ids]),
+    flags=np.concatenate([first.flags, flags]),
   )
 
 
@@ -303,6 +344,10 @@ def store_spec(config: ConfigDict, tokenizer: Tokenizer | None) -> dict:
     spec["data.validation_fraction"] = config.data.validation_fraction
   for name, value in config.data.cleaning.items():
     spec[f"data.cleaning.{name}"] = value
+  if config.data.pair_field is not None:
+    spec["data.pair_field"] = config.data.pair_field
+    spec["data.label_field"] = config.data.label_field
+    spec["objective.labels"] = list(config.objective.labels)
   if tokenizer is not None:
     spec["tokenizer.path"] = tokenizer.fingerprint
   else:
@@ -390,20 +435,21 @@ def print_dry_run(config: ConfigDict) -> None:
   from flaxmlm.data.sources import BadRecords
 
   bad = BadRecords()
-  for document in itertools.islice(_documents(config, bad), 10):
+  first_ten = itertools.islice(_documents(config, bad), 10)
+  for where, raw in ((d.where, text) for d in first_ten for text in d.texts):
     counts: Counter[str] = Counter()
-    text = clean(document.text, config.data.cleaning, counts)
+    text = clean(raw, config.data.cleaning, counts)
     steps = ", ".join(counts) or "nothing"
-    print(f"{document.where}: {len(document.text):,} characters")
+    print(f"{where}: {len(raw):,} characters")
     print(f"  changed by: {steps}")
     if text is None:
-      print(f"  before: {document.text[:70]!r}")
+      print(f"  before: {raw[:70]!r}")
       print("  after:  dropped")
       continue
-    pairs = enumerate(zip(document.text, text, strict=False))
+    pairs = enumerate(zip(raw, text, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), 0)
     begin = max(first - 20, 0)
-    print(f"  before: {document.text[begin : begin + 70]!r}")
+    print(f"  before: {raw[begin : begin + 70]!r}")
     print(f"  after:  {text[begin : begin + 70]!r}")
   for message in _bad_lines(bad):
     print(message)
@@ -508,6 +554,9 @@ def _documents(
   return sources.read(
     specs,
     text_field=config.data.text_field,
+    pair_field=config.data.pair_field,
+    label_field=config.data.label_field,
+    labels=config.objective.labels or (),
     document=config.data.document,
     encoding=config.data.encoding,
     on_bad_record=config.data.on_bad_record,
@@ -566,26 +615,25 @@ def _tokenizer_texts(config: ConfigDict) -> Iterator[str]:
   comes from a random part of the files, sixteen at least.
   """
   from flaxmlm.data import store
-  from flaxmlm.data.cleaning import clean, fingerprint
 
   total = _total_bytes(config) or 0
   wanted = _OVERSAMPLE * config.tokenizer.sample_chars
   files = None
   if total > wanted:
     files, total = _some_files(config, 4 * wanted)
-  texts = (document.text for document in _documents(config, files=files))
+  documents = _documents(config, files=files)
   if total > wanted:
-    blocks = itertools.chain.from_iterable(map(_blocks, texts))
+    blocks = (d._replace(text=t) for d in documents for t in _blocks(d.text))
     draw = random.Random(0)
-    texts = (text for text in blocks if draw.random() < wanted / total)
+    documents = (d for d in blocks if draw.random() < wanted / total)
   bound = 0
   if config.data.validation_source is None:
     bound = store.validation_bound(config.data.validation_fraction)
   counts: Counter[str] = Counter()
-  for text in texts:
-    cleaned = clean(text, config.data.cleaning, counts)
-    if cleaned is not None and fingerprint(cleaned) >= bound:
-      yield cleaned
+  for document in documents:
+    cleaned = _clean(document, config.data.cleaning, counts)
+    if cleaned is not None and _fingerprint(cleaned) >= bound:
+      yield from cleaned.texts
 
 
 def _some_files(config: ConfigDict, wanted: int) -> tuple[tuple[str, ...], int]:
@@ -620,8 +668,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 class _Task(NamedTuple):
   path: str
-  texts: list[str]
-  sources: list[int]
+  documents: list[Document]
   folder: str  # of the tokenizer
   fingerprint: str
   cleaning: dict[str, Any]
@@ -649,8 +696,7 @@ def _tokenize(
   tasks = (
     _Task(
       os.path.join(partial, "shards", f"{number:06d}.npz"),
-      [document.text for document in part],
-      [document.source for document in part],
+      part,
       folder,
       fingerprint,
       config.data.cleaning.to_dict(),
@@ -683,7 +729,7 @@ def _shards(documents: Iterable[Document]) -> Iterator[list[Document]]:
   size = 0
   for document in documents:
     part.append(document)
-    size += len(document.text)
+    size += sum(map(len, document.texts))
     if size >= SHARD_CHARS:
       yield part
       part, size = [], 0
@@ -747,23 +793,23 @@ def _do(task: _Task) -> _Done:
   from flaxmlm.data import store
 
   tokenizer = _tokenizer_at(task.folder, task.fingerprint)
+  texts = [text for d in task.documents for text in d.texts]
   head = [
     task.fingerprint,
     task.cleaning,
-    task.sources,
-    [*map(len, task.texts)],
+    [(d.source, d.pair is None, d.label) for d in task.documents],
+    [*map(len, texts)],
   ]
-  data = "".join(task.texts).encode("utf-8", "surrogatepass")
+  data = "".join(texts).encode("utf-8", "surrogatepass")
   digest = hashlib.sha256(json.dumps(head).encode())
   digest.update(data)
   key = digest.hexdigest()
   tokens = store.shard_tokens(task.path, key)
   if tokens is None:
-    documents = zip(task.texts, task.sources, strict=True)
-    shard = tokenize_shard(documents, tokenizer, task.cleaning)
+    shard = tokenize_shard(task.documents, tokenizer, task.cleaning)
     store.save_shard(task.path, shard, key)
     tokens = len(shard.ids)
-  return _Done(task.path, len(task.texts), tokens, len(data))
+  return _Done(task.path, len(task.documents), tokens, len(data))
 
 
 def _bad_lines(bad: BadRecords) -> Iterator[str]:

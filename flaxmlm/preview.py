@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     keys, _ = row_keys(step_key, step, batch.example)
     return objective.corrupt(keys, batch, step)
 
-  console, pairs = Console(), pair_words(c.objective.name)
+  console, pairs = Console(), pair_words(c.objective.name, c.objective.labels)
   console.print(legend(tokenizer.tokens([store.vocab["mask"]])[0]))
   shown = []
   with open(args.json or os.devnull, "w", encoding="utf-8") as file:

@@ -456,12 +456,19 @@ def open_data(
       f"data.weights has {len(weights)} numbers, the store {len(texts)} sources"
     )
   check_flags(store, c)
-  L, sentences = c.data.row_length, config.asks_about_pairs(c)
+  L, kind = c.data.row_length, config.row_kind(c)
   sources = range(len(weights)) if weights else [None]
-  plans = [
-    rows.load(store, "train", L, source=s, sentences=sentences) for s in sources
-  ]
-  validation = rows.load(store, "validation", L, sentences=sentences)
+  plans = [rows.load(store, "train", L, source=s, kind=kind) for s in sources]
+  validation = rows.load(store, "validation", L, kind=kind)
+  if kind == "pairs":
+    for split, chosen in (("train", plans), ("validation", [validation])):
+      pairs = len(getattr(store, split).offsets) - 1
+      left = pairs - sum(plan.rows for plan in chosen)
+      if left:
+        print(
+          f"{left:,} of {pairs:,} {split} pairs have more than {L - 3} tokens"
+          " and are left out; raise data.row_length"
+        )
   if config.wants_others(c):
     for plan in [*plans, validation]:
       if plan.rows:
@@ -498,7 +505,13 @@ def check_flags(store: TokenStore, c: ConfigDict) -> None:
 
   flags, offsets = store.train.flags[: 1 << 20], store.train.offsets
   asked = f"objective.name={c.objective.name!r}"
-  if config.asks_about_pairs(c):
+  if config.row_kind(c) == "pairs":
+    if "data.pair_field" not in store.manifest["spec"]:
+      raise InputError(
+        f"{asked}: {store.folder} has no pairs with labels; make a store of"
+        " them by data.pair_field, data.label_field and objective.labels"
+      )
+  elif config.row_kind(c) == "sentences":
     first = flags[offsets[offsets < len(flags)]]
     inner = np.count_nonzero(flags & SENTENCE_START) - np.count_nonzero(
       first & SENTENCE_START
@@ -528,7 +541,7 @@ def check_spec(spec: Mapping[str, Any], c: ConfigDict) -> None:
       and name not in ("data.source", "data.validation_source")
       and name != "tokenizer.path"
       and value != config.KEYS[name].default
-      and value != spec[name]
+      and (list(value) if isinstance(value, tuple) else value) != spec[name]
     ):
       raise InputError(
         f"{c.data.store} was made with {name}={spec[name]!r}, not {value!r};"

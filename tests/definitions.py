@@ -86,16 +86,13 @@ def kind(original, shown, mask):
 
 
 def find_words(row, maskable):
-  """Yields the places of each word."""
-  word = []
-  for place in maskable:
-    follows = word and word[-1] == place - 1
-    if word and (not follows or row["flags"][place] & WORD_START):
+  """Yields the places of each word that has no special token inside."""
+  starts = [p for p, flag in enumerate(row["flags"]) if flag & WORD_START]
+  allowed = set(maskable)
+  for first, end in zip(starts, [*starts[1:], len(row["flags"])], strict=True):
+    word = [*range(first, end)]
+    if allowed >= set(word):
       yield word
-      word = []
-    word.append(place)
-  if word:
-    yield word
 
 
 def spans(words, hidden):

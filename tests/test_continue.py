@@ -45,7 +45,7 @@ def get_config():
   c.train.steps = 12
   c.train.batch_size = 16
   c.eval.every = 0
-  c.eval.rows = 16
+  c.eval.rows = 64
   c.checkpoint.every = 5
   c.log.every = 4
   return c
@@ -81,12 +81,28 @@ def folder(tmp_path_factory) -> pathlib.Path:
   return tmp_path_factory.mktemp("chain")
 
 
+def chatter() -> str:
+  """300 paragraphs of a language of 800 words, a few of them much used."""
+  random = np.random.default_rng(0)
+  syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+  words = [
+    "".join(random.choice(syllables, n)) for n in random.integers(1, 5, 800)
+  ]
+  follow = (800 * random.random((800, 4)) ** 4).astype(int)
+  paragraphs = []
+  for word in random.integers(800, size=300):
+    said = [word]
+    for choice in random.integers(4, size=49):
+      said.append(follow[said[-1], choice])
+    paragraphs.append(" ".join(words[i] for i in said))
+  return "\n\n".join(paragraphs)
+
+
 @pytest.fixture(scope="session")
 def file(folder) -> pathlib.Path:
   path = folder / "tiny.py"
-  text = folder / "docs.txt"
-  pages = sorted((ROOT / "docs").glob("*.md"))
-  text.write_text("\n\n".join(page.read_text() for page in pages))
+  text = folder / "chatter.txt"
+  text.write_text(chatter())
   path.write_text(TINY.replace("TEXT", str(text)))
   return path
 
@@ -454,7 +470,7 @@ def test_a_store_of_another_tokenizer_is_refused(folder, file, run):
 @pytest.mark.slow
 def test_another_tokenizer_is_refused_before_a_store_is_made(folder, run):
   # The file that the run's tokenizer was taken from is another one by now.
-  texts = [(folder / "docs.txt").read_text()]
+  texts = [(folder / "chatter.txt").read_text()]
   other = tokenizers.train(texts, kind="bpe", vocab_size=300)
   other.save(str(folder / "tokenizer"))
   copy = folder / "with_path"
@@ -478,7 +494,7 @@ def test_another_tokenizer_is_refused_before_a_store_is_made(folder, run):
 
 @pytest.mark.slow
 def test_a_phase_that_saved_nothing_begins_from_its_line(folder, run, tmp_path):
-  text = folder / "docs.txt"
+  text = folder / "chatter.txt"
   line = (f"train.continue_from={run}", "train.steps=13")
   first = parse(*line, "data.source=embedded", "seed=3")
   (tmp_path / "config.json").write_text(config.to_json(first))
@@ -514,7 +530,7 @@ def test_other_cleaning_of_a_text_that_isnt_known_is_refused(
   ):
     parse(*line, longer)
   assert (
-    parse(*line, longer, f"data.source={folder}/docs.txt").data.store is None
+    parse(*line, longer, f"data.source={folder}/chatter.txt").data.store is None
   )
 
 
@@ -570,7 +586,13 @@ def test_the_card_of_an_export_names_each_phase(folder, run):
   card = (out / "README.md").read_text()
   first, second = card.split("## Data of phase 1")[1].split("of phase 2", 1)
   for part, where, source, rate, steps in (
-    (first, run, "docs.txt", 0.15, "12 of 16 rows of 32 tokens, 6,144 tokens"),
+    (
+      first,
+      run,
+      "chatter.txt",
+      0.15,
+      "12 of 16 rows of 32 tokens, 6,144 tokens",
+    ),
     (second, workdir, "numbers.txt", 0.3, "2 of 8 rows of 32 tokens, 512 to"),
   ):
     manifest = json.loads((where / "store" / "manifest.json").read_text())

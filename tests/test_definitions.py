@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from conftest import lines, program
+from conftest import ROOT, lines, program
 from definitions import check
+
+from flaxmlm import preview
 
 OBJECTIVES = (
   "masked",
@@ -14,7 +16,10 @@ OBJECTIVES = (
   "replaced_token",
   "next_sentence",
   ("whole_word", "sentence_order"),
+  "sentence_pair",
 )
+PAIRS = ("next_sentence", "sentence_order", "sentence_pair")
+LABELS = "('half', 'whole')"
 TOKENIZERS = {
   "wordpiece": ("novels", "bert-base-cased-vocab.txt", "whitespace"),
   "unigram": ("novels", "t5-style-unigram-32k.model", "whitespace"),
@@ -25,7 +30,10 @@ TOKENIZERS = {
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def store(request, real_data, tmp_path_factory):
-  """A store of some real text: (folder, ids of special tokens)."""
+  """Stores of some real text: (folder, ids of special tokens).
+
+  `store` is one of texts, `labelled` one of pairs of its pieces.
+  """
   text, vocab, words = TOKENIZERS[request.param]
   if words == "jieba":
     pytest.importorskip("jieba")
@@ -35,14 +43,29 @@ def store(request, real_data, tmp_path_factory):
     whole = found[number % len(found)].read_text(encoding="utf-8")
     part = whole[20_000 + 90_000 * number :][:90_000]
     (folder / f"{number}.txt").write_text(part, encoding="utf-8")
-  program(
-    "prepare",
-    f"--config.data.source={folder}/*.txt",
-    "--config.data.validation_fraction=0.0",
-    f"--config.tokenizer.path={real_data / 'vocab' / vocab}",
-    f"--config.tokenizer.words={words}",
-    f"--out={folder / 'store'}",
-  )
+    with open(folder / "pairs.jsonl", "a") as file:
+      for start in range(0, len(part) - 100, 100):
+        text, second = part[start : start + 50], part[start + 50 : start + 100]
+        label = "half" if start % 200 else "whole"
+        record = {"text": text, "second": second, "label": label}
+        file.write(json.dumps(record) + "\n")
+  labels = f"--config.objective.labels={LABELS}"
+  for name, keys in {
+    "store": [f"--config.data.source={folder}/*.txt"],
+    "labelled": [
+      f"--config.data.source={folder}/pairs.jsonl",
+      "--config.data.pair_field=second",
+      labels,
+    ],
+  }.items():
+    program(
+      "prepare",
+      *keys,
+      "--config.data.validation_fraction=0.0",
+      f"--config.tokenizer.path={real_data / 'vocab' / vocab}",
+      f"--config.tokenizer.words={words}",
+      f"--out={folder / name}",
+    )
   manifest = json.loads((folder / "store" / "manifest.json").read_text())
   return folder, manifest["vocab"]
 
@@ -51,21 +74,24 @@ def store(request, real_data, tmp_path_factory):
 @pytest.mark.parametrize("name", OBJECTIVES, ids=str)
 def test_what_preview_writes_is_by_definition(store, name):
   folder, specials = store
+  kind = "labelled" if name == "sentence_pair" else "store"
   names = (name,) if isinstance(name, str) else name
-  pairs = [n for n in names if n in ("next_sentence", "sentence_order")]
+  pairs = [n for n in names if n in PAIRS]
   tokens = [n for n in names if n not in pairs] or ["masked"]
-  program(
-    "preview",
-    "--config=configs/bert_mini.py",
-    f"--workdir={folder}",
-    f"--config.data.store={folder / 'store'}",
-    "--config.data.row_length=128",
-    f"--config.objective.name={name}",
-    "--config.model.family=electra",
-    "--config.train.batch_size=128",
-    "--steps=0:3",
-    "--rows=0",
-    f"--json={folder / 'rows.jsonl'}",
+  preview.main(
+    [
+      f"--config={ROOT}/configs/bert_mini.py",
+      f"--workdir={folder}",
+      f"--config.data.store={folder / kind}",
+      "--config.data.row_length=128",
+      f"--config.objective.name={name}",
+      f"--config.objective.labels={LABELS}",
+      "--config.model.family=electra",
+      "--config.train.batch_size=128",
+      "--steps=0:3",
+      "--rows=0",
+      f"--json={folder / 'rows.jsonl'}",
+    ]
   )
   check(
     lines(folder / "rows.jsonl"),

@@ -106,11 +106,7 @@ def losses(name, devices: int, microbatches: int) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[4:], ids=str)
 def test_losses_are_the_same_on_any_mesh_and_in_micro_batches(name):
-  one = losses(name, 1, 1)
-  for devices, microbatches in ((8, 1), (1, 4), (2, 4)):
-    np.testing.assert_allclose(
-      losses(name, devices, microbatches), one, rtol=2e-5
-    )
+  np.testing.assert_allclose(losses(name, 8, 2), losses(name, 1, 1), rtol=2e-5)
 
 
 @pytest.mark.parametrize(

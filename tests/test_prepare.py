@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -475,9 +476,9 @@ def test_the_program(corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(
-      "next:  python -m flaxmlm.train --config.data.store="
-    )
+    line = ["next:", "python", "-m", "flaxmlm.train", *arguments[:-2]]
+    given = [f"--config.data.store={tmp_path / 'store'}", "--workdir=runs/NAME"]
+    assert shlex.split(last) == [*line, *given]
   facts = json.loads((tmp_path / "j.json").read_text())
   assert facts["documents_read"] == len(texts)
   made = store.open_store(str(tmp_path / "store"))

@@ -105,7 +105,7 @@ def test_where_is_the_line_that_a_document_starts_at(tmp_path):
   found = [(d.where, d.text) for d in read([str(path)], document="line")]
   assert [where.rpartition(":")[2] for where, _ in found] == ["3", "4", "8"]
   [whole] = read([str(path)])
-  assert whole == ("\n \none\ntwo\n\n\n\nthree\n", 0, str(path))
+  assert whole[:3] == ("\n \none\ntwo\n\n\n\nthree\n", 0, str(path))
 
 
 def test_quotes_in_tsv_are_literal(tmp_path):

@@ -30,6 +30,8 @@ def with_words(batch: Batch, seed: int = 0) -> Batch:
   """The rows, with words of 1 to 5 tokens."""
   random = np.random.default_rng(seed)
   starts = random.random(batch.ids.shape) < 0.4
+  border = np.isin(batch.ids, [SPECIALS["cls"], SPECIALS["sep"]])
+  starts |= border | np.roll(border, 1, axis=1)
   return batch._replace(flags=starts.astype(np.uint8))
 
 
@@ -39,14 +41,13 @@ def is_maskable(batch: Batch) -> np.ndarray:
 
 
 def list_words(flags, maskable) -> list[tuple[list[int], int]]:
-  """Returns each word's places, and the number of its run."""
+  """Returns the places of each word that is all maskable, and its run."""
   found, run = [], 0
-  for place in np.flatnonzero(maskable):
-    alone = place == 0 or not maskable[place - 1]
-    run += alone
-    if alone or flags[place] & 1:
-      found.append(([], run))
-    found[-1][0].append(int(place))
+  starts = np.flatnonzero(flags & 1)
+  for word in np.split(np.arange(len(flags)), starts):
+    if len(word) and maskable[word].all():
+      run += not found or found[-1][0][-1] != word[0] - 1
+      found.append((word.tolist(), run))
   return found
 
 
@@ -222,6 +223,7 @@ def test_odd_rows(name):
   ids[1, [0, -1]] = SPECIALS["cls"], SPECIALS["sep"]
   ids[2, 2:], segments[2, 2:] = SPECIALS["pad"], 0
   ids[2, :2], segments[2, :2] = [SPECIALS["cls"], SPECIALS["sep"]], 1
+  flags[1, [0, 1, -1]] = 1
   odd = batch._replace(ids=ids, segments=segments, flags=flags)
   keys = jax.random.split(jax.random.key(7), 4)
   example = jax.device_get(make(name)(keys, odd, 0))

@@ -40,7 +40,7 @@ class HostBatch(NamedTuple):
   ids: np.ndarray  # int32 [B, L]; padding is vocab["pad"]
   segments: np.ndarray  # int32 [B, L]; 1, 2, … for a row's pieces; 0 = padding
   positions: np.ndarray  # int32 [B, L]; from 0 in each piece; 0 in padding
-  flags: np.ndarray  # uint8 [B, L]; store.WORD_START | store.SENTENCE_START
+  flags: np.ndarray  # uint8 [B, L]; as in the store
   example: np.ndarray  # int32 [B]; number of the row use, for the mask keys
   other: HostBatch | None = None  # rows of other documents, if asked for
 

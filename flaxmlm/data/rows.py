@@ -34,8 +34,8 @@ class RowPlan(NamedTuple):
 
   Row r holds the pieces `row_start[r]` to `row_start[r + 1]`. A piece is the
   tokens `piece_start` to `piece_start + piece_length` of the split's ids. Rows
-  of whole sentences hold one piece each: those of several sentences first, then
-  those of one, both in the order of the text.
+  that are to be pairs hold one piece each. Of whole sentences, those of several
+  come first, then those of one, both in the order of the text.
   """
 
   split: str
@@ -43,7 +43,7 @@ class RowPlan(NamedTuple):
   row_start: np.ndarray  # int64 [R + 1]
   piece_start: np.ndarray  # int64 [P]
   piece_length: np.ndarray  # int32 [P], without [CLS] and [SEP]
-  pairs: np.ndarray = np.zeros(0, np.int64)  # [1]: rows of several sentences
+  pairs: np.ndarray = np.zeros(0, np.int64)  # [1]: rows that have two parts
 
   @property
   def rows(self) -> int:
@@ -139,6 +139,32 @@ def plan_sentences(
   )
 
 
+def plan_pairs(
+  offsets: np.ndarray, row_length: int, *, split: str = "train"
+) -> RowPlan:
+  """Puts each document that is a pair into a row of its own.
+
+  Those of more than L - 3 tokens have no room, and are left out.
+
+  Args:
+    offsets: As of `plan`.
+    row_length: L, at least 4.
+    split: Name of the split, kept in the plan.
+  """
+  offsets = np.asarray(offsets, np.int64)
+  lengths = np.diff(offsets)
+  fit = lengths <= row_length - SPECIALS - 1
+  rows = np.count_nonzero(fit)
+  return RowPlan(
+    split,
+    row_length,
+    np.arange(rows + 1),
+    offsets[:-1][fit],
+    lengths[fit].astype(np.int32),
+    np.array([rows]),
+  )
+
+
 def _fill(
   begin: np.ndarray, end: np.ndarray, borders: np.ndarray, room: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +242,7 @@ def load(
   row_length: int,
   *,
   source: int | None = None,
-  sentences: bool = False,
+  kind: str = "packed",
 ) -> RowPlan:
   """Returns the plan of a split, from the store's folder where it is kept.
 
@@ -230,14 +256,15 @@ def load(
     row_length: L.
     source: Only documents of this source (an index into the store's sources):
       for sources with weights. None: all of them.
-    sentences: Whether rows are of whole sentences: see `plan_sentences`.
+    kind: "packed", "sentences" or "pairs": see `plan`, `plan_sentences` and
+      `plan_pairs`.
   """
   offsets = getattr(store, split).offsets
   if source is not None:
     ends = np.searchsorted(getattr(store, split).sources, [source, source + 1])
     offsets = offsets[ends[0] : ends[1] + 1]
   which = "all" if source is None else str(source)
-  which += "-sentences" * sentences
+  which += f"-{kind}" * (kind != "packed")
   folder = os.path.join(
     store.folder,
     "rows",
@@ -256,11 +283,12 @@ def load(
     except (OSError, ValueError, EOFError) as error:
       print(f"{folder}: damaged ({error}); made again")
       shutil.rmtree(folder, ignore_errors=True)
-  if sentences:
+  if kind == "sentences":
     starts = find_sentences(getattr(store, split).flags, offsets)
     made = plan_sentences(offsets, starts, row_length, split=split)
   else:
-    made = plan(offsets, row_length, split=split)
+    make = {"packed": plan, "pairs": plan_pairs}[kind]
+    made = make(offsets, row_length, split=split)
   with contextlib.suppress(OSError):
     _keep(folder, {name: getattr(made, name) for name in names})
   return made

@@ -29,6 +29,7 @@ import io
 import itertools
 import json
 import lzma
+import numbers
 import os
 import re
 import shutil
@@ -54,10 +55,12 @@ _MAX_FIELD = 1 << 26
 # Called with where a bad record is, what is wrong, and what helps. Raises, or
 # counts and returns.
 _Report = Callable[[str, str, str], None]
+# Where a record is, and its fields.
+_Record = tuple[str, tuple[str, ...]]
 
 
 class Document(NamedTuple):
-  """One text and where it came from."""
+  """One text, or a pair of them, and where it came from."""
 
   text: str
   source: int
@@ -65,6 +68,19 @@ class Document(NamedTuple):
   where: str
   """`FILE:LINE` (1-based, where the document starts), `FILE:ROW` for Parquet,
   `FILE`, `tfds:NAME[INDEX]` or `embedded:NAME`."""
+  pair: str | None = None
+  """The second text of a pair."""
+  label: int = 0
+  """Of a pair: index into the labels."""
+
+  @property
+  def texts(self) -> tuple[str, ...]:
+    """The text, or both."""
+    return (self.text,) if self.pair is None else (self.text, self.pair)
+
+
+# Fields of a record: the text's; of pairs the second text's and the label's.
+_FIELD_KEYS = ("data.text_field", "data.pair_field", "data.label_field")
 
 
 @dataclasses.dataclass
@@ -100,6 +116,9 @@ def read(
   specs: Sequence[str],
   *,
   text_field: str = "text",
+  pair_field: str | None = None,
+  label_field: str = "label",
+  labels: Sequence[str] = (),
   document: str = "file",
   encoding: str = "utf-8",
   on_bad_record: str = "error",
@@ -120,6 +139,9 @@ def read(
   Args:
     specs: Sources, see the module.
     text_field: Field or column with the text; .txt files have none.
+    pair_field: That with the second text, if documents are pairs with a label.
+    label_field: That with the label, a string or an integer.
+    labels: What a label may be; another one is a bad record.
     document: What a document is in a .txt file: the "file", a "paragraph"
       (block between blank lines) or a "line" (that isn't blank).
     encoding: Encoding of all files but Parquet.
@@ -155,26 +177,44 @@ def read(
         f" first was {records.messages[0]}"
       )
 
+  fields = (text_field,)
+  if pair_field is not None:
+    fields = (text_field, pair_field, label_field)
   found = []
   for spec in specs:
     paths, ignored = find(spec)
     records.ignored_files += ignored
     found.append(paths)
+    plain = [path for path in paths if _ending(path)[0] == ".txt"]
+    if pair_field is not None and (plain or spec == "embedded"):
+      raise InputError(
+        f"source {(plain or [spec])[0]}: has no fields, and"
+        f" data.pair_field={pair_field} names one; take .jsonl, .parquet, .csv,"
+        " .tsv or tfds"
+      )
 
   def documents() -> Iterator[Document]:
     for source, (spec, paths) in enumerate(zip(specs, found, strict=True)):
       if spec == "embedded":
-        texts = _embedded()
+        entries = ((where, (text,)) for where, text in _embedded())
       elif spec.startswith("tfds:"):
-        texts = _tfds(spec, text_field, tfds_dir, report)
+        entries = _tfds(spec, fields, tfds_dir, report)
       else:
-        texts = (
-          text
+        entries = (
+          values
           for path in paths
-          for text in _file(path, text_field, document, encoding, report)
+          for values in _file(path, fields, document, encoding, report)
         )
-      for where, text in texts:
-        yield Document(text, source, where)
+      for where, (text, *of_pair) in entries:
+        if not of_pair:
+          yield Document(text, source, where)
+          continue
+        pair, label = of_pair
+        if label in labels:
+          yield Document(text, source, where, pair, labels.index(label))
+        else:
+          what = f"label {label!r} is none of {', '.join(labels)}"
+          report(where, what, "set objective.labels")
 
   return documents()
 
@@ -254,26 +294,33 @@ def _ending(path: str) -> tuple[str, str]:
 
 
 def _file(
-  path: str, field: str, document: str, encoding: str, report: _Report
-) -> Iterator[tuple[str, str]]:
-  """Yields where and text of a file's documents."""
+  path: str,
+  fields: tuple[str, ...],
+  document: str,
+  encoding: str,
+  report: _Report,
+) -> Iterator[_Record]:
+  """Yields where and fields of a file's documents."""
   kind, _ = _ending(path)
   try:
     if kind == ".parquet":
-      yield from _parquet(path, field, report)
+      yield from _parquet(path, fields, report)
     elif kind == ".txt" and document == "file":
       for _, text in _decoded(path, encoding, _whole(path, encoding), report):
-        yield path, text
+        yield path, (text,)
     elif kind == ".txt":
       lines = _lines(path, encoding)
       blocks = _paragraphs(lines) if document == "paragraph" else lines
       for number, text in _decoded(path, encoding, blocks, report):
         if text.strip():
-          yield f"{path}:{number}", text
+          yield f"{path}:{number}", (text,)
     elif kind in (".csv", ".tsv"):
-      yield from _table(path, field, encoding, kind, report)
+      yield from _table(path, fields, encoding, kind, report)
     else:
-      yield from _json_lines(path, field, encoding, report)
+      for where, record in _objects(path, encoding, report):
+        values = [record.get(field) for field in fields]
+        if found := _strings(values, fields, record, where, report):
+          yield where, found
   except _Damage as damage:
     report(*damage.args)
 
@@ -422,14 +469,6 @@ def _paragraphs(
     yield start, "\n".join(block)
 
 
-def _json_lines(
-  path: str, field: str, encoding: str, report: _Report
-) -> Iterator[tuple[str, str]]:
-  for where, record in _objects(path, encoding, report):
-    if _has_text(record.get(field), field, record, where, report):
-      yield where, record[field]
-
-
 def _objects(
   path: str, encoding: str, report: _Report
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -450,16 +489,34 @@ def _objects(
       report(where, what, "write one object a line")
 
 
-def _has_text(
+def _strings(
+  values: Sequence[object],
+  fields: tuple[str, ...],
+  names: Iterable[str],
+  where: str,
+  report: _Report,
+) -> tuple[str, ...] | None:
+  """Returns a record's fields; None, reported, if one is none of text."""
+  result = []
+  for value, field, key in zip(values, fields, _FIELD_KEYS, strict=False):
+    if key == "data.label_field" and isinstance(value, numbers.Integral):
+      value = str(value)
+    if not isinstance(value, str):
+      _report_field(value, field, names, where, report, key)
+      return None
+    result.append(value)
+  return tuple(result)
+
+
+def _report_field(
   value: object,
   field: str,
   names: Iterable[str],
   where: str,
   report: _Report,
-) -> bool:
+  key: str,
+) -> None:
   """Reports a field that is missing or isn't a string."""
-  if isinstance(value, str):
-    return True
   names = list(names)
   if field in names:
     what = f"field {field!r} is {type(value).__name__}, not a string"
@@ -467,14 +524,28 @@ def _has_text(
     # A table without a header shows its first row here, however long.
     some = ", ".join(" ".join(name.split())[:40] for name in names[:20])
     what = f"no field {field!r} (there are: {some or 'none'})"
-  report(where, what, "set data.text_field")
-  return False
+  report(where, what, f"set {key}")
+
+
+def _has_columns(
+  fields: tuple[str, ...], names: Sequence[str], where: str, report: _Report
+) -> bool:
+  """Whether a table has all the fields; reports the first that it hasn't."""
+  for field, key in zip(fields, _FIELD_KEYS, strict=False):
+    if field not in names:
+      _report_field(None, field, names, where, report, key)
+      return False
+  return True
 
 
 def _table(
-  path: str, field: str, encoding: str, kind: str, report: _Report
-) -> Iterator[tuple[str, str]]:
-  """Yields the texts of a .csv or .tsv file; its first row is the header."""
+  path: str,
+  fields: tuple[str, ...],
+  encoding: str,
+  kind: str,
+  report: _Report,
+) -> Iterator[_Record]:
+  """Yields the fields of a .csv or .tsv file; its first row is the header."""
   csv.field_size_limit(_MAX_FIELD)
   lines = (line + "\n" for _, line in _lines(path, encoding))
   if kind == ".tsv":
@@ -496,23 +567,22 @@ def _table(
       continue
     if not header:
       header = row
-      if not _has_text(
-        field if field in header else None, field, header, where, report
-      ):
+      if not _has_columns(fields, header, where, report):
         return
-      column = header.index(field)
+      columns = [header.index(field) for field in fields]
     elif len(row) != len(header):
       what = f"{len(row)} fields in a table of {len(header)} columns"
       report(where, what, "mend the row")
     else:
-      for _, text in _decoded(path, encoding, [(number, row[column])], report):
-        yield where, text
+      values = tuple(row[column] for column in columns)
+      for _ in _decoded(path, encoding, [(number, "".join(values))], report):
+        yield where, values
 
 
 def _parquet(
-  path: str, field: str, report: _Report
-) -> Iterator[tuple[str, str]]:
-  """Yields the texts of a Parquet file's column, a batch of rows at a time."""
+  path: str, fields: tuple[str, ...], report: _Report
+) -> Iterator[_Record]:
+  """Yields the fields of a Parquet file, a batch of rows at a time."""
   import pyarrow
   import pyarrow.parquet
 
@@ -521,20 +591,21 @@ def _parquet(
     with _seekable(path) as file:
       table = pyarrow.parquet.ParquetFile(file)
       schema = table.schema_arrow
-      if field not in schema.names:
-        _has_text(None, field, schema.names, path, report)
+      if not _has_columns(fields, schema.names, path, report):
         return
-      for batch in table.iter_batches(256, columns=[field], use_threads=False):
-        for value in batch.column(0):
+      for batch in table.iter_batches(
+        256, columns=list(fields), use_threads=False
+      ):
+        for row in zip(*(batch.column(field) for field in fields), strict=True):
           number += 1
           where = f"{path}:{number}"
           try:
-            text = value.as_py()
+            values = [value.as_py() for value in row]
           except UnicodeDecodeError as error:
             report(where, f"not utf-8 ({error})", "")
             continue
-          if _has_text(text, field, schema.names, where, report):
-            yield where, text
+          if found := _strings(values, fields, schema.names, where, report):
+            yield where, found
   except (*_DAMAGE, pyarrow.ArrowException) as error:
     raise _damage(f"{path}:{number + 1}", path, "utf-8", error) from None
 
@@ -555,9 +626,9 @@ _TFDS = re.compile(r"tfds:([^:]+(?::\d[\w.*]*)?)(?::(.+))?")
 
 
 def _tfds(
-  spec: str, field: str, data_dir: str | None, report: _Report
-) -> Iterator[tuple[str, str]]:
-  """Yields the texts of a data set that TensorFlow Datasets has prepared."""
+  spec: str, fields: tuple[str, ...], data_dir: str | None, report: _Report
+) -> Iterator[_Record]:
+  """Yields the fields of a data set that TensorFlow Datasets has prepared."""
   match = _TFDS.fullmatch(spec)
   if match is None:
     raise InputError(
@@ -585,8 +656,7 @@ def _tfds(
       f" {', '.join(builder.info.splits)}"
     )
   names = list(builder.info.features)
-  if field not in names:
-    _has_text(None, field, names, spec, report)
+  if not _has_columns(fields, names, spec, report):
     return
   try:
     rows = builder.as_data_source(split)
@@ -607,15 +677,16 @@ def _tfds(
       return
     for index, row in zip(indices, batch, strict=True):
       where = f"{spec}[{index}]"
-      value = row[field]
-      if isinstance(value, bytes):
-        try:
-          value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-          report(where, f"not utf-8 ({error})", "")
-          continue
-      if _has_text(value, field, names, where, report):
-        yield where, value
+      try:
+        values = [
+          v.decode("utf-8") if isinstance(v, bytes) else v
+          for v in (row[field] for field in fields)
+        ]
+      except UnicodeDecodeError as error:
+        report(where, f"not utf-8 ({error})", "")
+        continue
+      if found := _strings(values, fields, names, where, report):
+        yield where, found
 
 
 # Parts of the standard library that aren't documentation of it, or whose

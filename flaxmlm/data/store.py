@@ -4,7 +4,8 @@
 manifest.json          spec, counts, vocabulary, a sha256 of every file
 counts.bin             int64 [V], how often each id comes in the training split
 train/ids.bin          uint16 or uint32 [tokens], documents one after another
-train/flags.bin        uint8 [tokens], WORD_START | SENTENCE_START
+train/flags.bin        uint8 [tokens], WORD_START | SENTENCE_START, of pairs
+                       PAIR_START | label << LABEL_SHIFT
 train/offsets.bin      int64 [documents + 1], where each document begins
 train/sources.bin      uint16 [documents], ascending: index into its sources
 validation/…           the same
@@ -36,6 +37,10 @@ from flaxmlm import InputError
 
 WORD_START = 1
 SENTENCE_START = 2
+# Of documents that are pairs: where the second text begins; its label above.
+PAIR_START = 4
+LABEL_SHIFT = 3
+MAX_LABELS = 1 << (8 - LABEL_SHIFT)
 
 SPLITS = ("train", "validation")
 FORMAT = 1

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flaxmlm import InputError, models
+from flaxmlm.config import as_tuple
 from flaxmlm.inference.loading import LoadedModel, load
 from flaxmlm.interop import families, huggingface
 
@@ -26,16 +27,14 @@ def write_folder(
   """Writes config, weights, tokenizer and card into an empty folder.
 
   Args:
-    m: With a tokenizer. A head that the family's folders can't have is left
-      out.
+    m: With a tokenizer. Of its parameters, `kept` are written.
     folder: Is there.
     tokenizer_json: See `tokenizers.exporting.to_json`.
     card: README.md.
   """
   vocab, options = m.tokenizer.vocab, m.config["model"]
   ids = {role: getattr(vocab, role) for role in _ROLES}
-  heads = families.heads_of(options["family"])
-  params = {k: v for k, v in m.params.items() if k in ("encoder", *heads)}
+  params = {name: m.params[name] for name in kept(m)}
   config = families.write_config(
     options, vocab_size=m.vocab_size, ids=ids, heads=params
   )
@@ -61,6 +60,22 @@ def write_folder(
   for name, data in files.items():
     with open(os.path.join(folder, name), "wb") as file:
       file.write(data)
+
+
+def kept(m: LoadedModel) -> list[str]:
+  """Returns the parts of a model that its family's folders can have.
+
+  Their head of pairs has two classes, which mean what NSP or SOP means by them:
+  that of `sentence_pair` isn't one.
+  """
+  heads = families.heads_of(m.config["model"]["family"])
+  names = m.config.get("objective", {}).get("name", ())
+  own = "pair" if "sentence_pair" in as_tuple(names) else None
+  return [
+    name
+    for name in m.params
+    if name == "encoder" or (name in heads and name != own)
+  ]
 
 
 def check_logits(

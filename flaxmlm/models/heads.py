@@ -27,18 +27,19 @@ class Pooler(nn.Module):
 
 
 class PairHead(nn.Module):
-  """Two classes of a pair, by a linear layer on one vector a row.
+  """Classes of a pair, by a linear layer on one vector a row.
 
   Devlin et al., 2018, section 3.1, Task 2.
   """
 
+  classes: int
   stddev: float
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B 2"]:
+  def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
     """Returns logits."""
-    return dense(2, self.stddev, self.dtype, name="dense")(pooled)
+    return dense(self.classes, self.stddev, self.dtype, name="dense")(pooled)
 
 
 class DiscriminatorHead(nn.Module):

@@ -1,7 +1,8 @@
 """What a model is to everything outside this folder.
 
 Dimension key: B batch, L row length, M prediction slots, D width, H heads,
-K head size, F feed-forward, V vocabulary, N layers, T = B·L flat tokens.
+K head size, F feed-forward, V vocabulary, C classes, N layers, T = B·L flat
+tokens.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Model(NamedTuple):
   """A model as pure functions over one tree of float32 parameters.
 
   Attributes:
-    init: `(key, heads=("mlm",)) -> params`, `{"encoder": …, "mlm": …}`: the
-      encoder and the heads named: "mlm", "pooler", "pair", "discriminator",
-      "span_boundary".
+    init: `(key, heads=("mlm",), classes=2) -> params`, `{"encoder": …, "mlm":
+      …}`: the encoder and the heads named: "mlm", "pooler", "pair" (of so many
+      classes), "discriminator", "span_boundary".
     encode: `(params, inputs, dropout_keys) -> hidden [B L D]`. One dropout key
       a row makes a row's dropout the same in any batch; None means none.
     predict: `(params, hidden [B M D]) -> logits [B M V]`, in compute dtype.
@@ -53,7 +54,7 @@ class Model(NamedTuple):
     skips_padding: Whether padding has no position of its own: tokens are
       counted from 0 over what isn't [PAD], which itself stands at -1 (RoBERTa).
     pool: `(params, hidden [B L D]) -> [B D]`; None in a family without pooler.
-    classify: `(params, hidden [B L D]) -> logits [B 2]` of the head "pair",
+    classify: `(params, hidden [B L D]) -> logits [B C]` of the head "pair",
       from what the pooler makes of [CLS], if there is one.
     fill: `(params, left [B M D], right [B M D], places [B M]) -> logits
       [B M V]` of the head "span_boundary"; see there.
@@ -71,7 +72,7 @@ class Model(NamedTuple):
   token_types: int
   skips_padding: bool
   pool: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B D"]] | None
-  classify: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B 2"]]
+  classify: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B C"]]
   fill: Callable[..., Float[Array, "B M V"]]
   detect: Callable[[Params, Float[Array, "B L D"]], Float[Array, "B L"]]
   narrower: Callable[[float], Model] | None
@@ -102,7 +103,6 @@ def assemble(
     narrower: See `Model`.
   """
   o = encoder.options
-  pair = PairHead(o["init_stddev"], encoder.dtype)
   discriminator = DiscriminatorHead(
     o["init_stddev"], encoder.dtype, o["hidden_act"]
   )
@@ -110,7 +110,12 @@ def assemble(
     vocab_size, o["norm_eps"], o["init_stddev"], encoder.dtype
   )
 
-  def init(key: Key[Array, ""], heads: Sequence[str] = ("mlm",)) -> Params:
+  def pair_head(classes: int) -> PairHead:
+    return PairHead(classes, o["init_stddev"], encoder.dtype)
+
+  def init(
+    key: Key[Array, ""], heads: Sequence[str] = ("mlm",), classes: int = 2
+  ) -> Params:
     encoder_key, mlm_key = jax.random.split(key)
     pooler_key = jax.random.fold_in(mlm_key, 1)
     row = jnp.zeros((1, 1), jnp.int32)
@@ -125,7 +130,8 @@ def assemble(
     if "pooler" in heads:
       params["pooler"] = pooler.init(pooler_key, hidden)["params"]
     if "pair" in heads:
-      variables = pair.init(jax.random.fold_in(mlm_key, 2), hidden[:, 0])
+      pair_key = jax.random.fold_in(mlm_key, 2)
+      variables = pair_head(classes).init(pair_key, hidden[:, 0])
       params["pair"] = variables["params"]
     if "span_boundary" in heads:
       key, flat = jax.random.fold_in(mlm_key, 4), hidden[0]
@@ -159,9 +165,10 @@ def assemble(
 
   def classify(
     params: Params, hidden: Float[Array, "B L D"]
-  ) -> Float[Array, "B 2"]:
+  ) -> Float[Array, "B C"]:
     pooled = pool(params, hidden) if pooler else hidden[:, 0]
-    return pair.apply({"params": params["pair"]}, pooled)
+    classes = params["pair"]["dense"]["bias"].shape[0]
+    return pair_head(classes).apply({"params": params["pair"]}, pooled)
 
   def fill(
     params: Params,
@@ -185,7 +192,7 @@ def assemble(
 
   return Model(
     # Not compiled, it takes seconds.
-    jax.jit(init, static_argnames="heads"),
+    jax.jit(init, static_argnames=("heads", "classes")),
     encode,
     predict,
     flops,

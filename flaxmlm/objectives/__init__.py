@@ -54,7 +54,7 @@ OBJECTIVES = {
   "span": span.build,
   "whole_word": whole_word.build,
 }
-PAIRS = ("next_sentence", "sentence_order")
+PAIRS = tuple(pairs.ARRANGE)
 
 
 def names(options: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -88,13 +88,14 @@ def init_params(
   heads = []
   if pair is not None:
     heads = ["pooler", "pair"] if model.pool else ["pair"]
+  classes = len(options["labels"]) if pair == "sentence_pair" else 2
   if tokens == "replaced_token":
     own_key, heads_key = jax.random.split(key)
     own = replaced_token.init_params(own_key, model=model, options=options)
-    return model.init(heads_key, heads=tuple(heads)) | own
+    return model.init(heads_key, tuple(heads), classes) | own
   if options["span_boundary"]:
     heads.append("span_boundary")
-  return model.init(key, heads=("mlm", *heads))
+  return model.init(key, ("mlm", *heads), classes)
 
 
 def build(

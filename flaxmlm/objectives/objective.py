@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from flaxmlm.models.model import Inputs, Model, Params
 
-WORD_START, SENTENCE_START = 1, 2  # bits of `Batch.flags`
+# Bits of `Batch.flags`; above them is the label of a pair.
+WORD_START, SENTENCE_START, PAIR_START, LABEL_SHIFT = 1, 2, 4, 3
 
 Sums = dict[str, dict[str, Float[Array, ""]]]
 """Sums over rows, by task: `{"masked": {"nll": …, "weight": …, …}}`."""
@@ -23,7 +24,8 @@ class Batch(NamedTuple):
     ids: Token ids.
     segments: Number of the document within the row, from 1; 0 is padding.
     positions: Position within the document, from 0.
-    flags: Bit 0: the token starts a word. Bit 1: it starts a sentence.
+    flags: Bit 0: the token starts a word. Bit 1: it starts a sentence. Bit 2:
+      the second text of a pair, whose label is in the bits above.
     example: Number of the row; with the step it addresses the row's masks.
     other: For each row one of another document, where an objective wants it.
   """
@@ -46,8 +48,8 @@ class Pairs(NamedTuple):
   """What is asked of pairs.
 
   Attributes:
-    labels: 0 or 1, what it means says the objective; -1 where a row has no
-      pair.
+    labels: The class, 0 or 1 but for `sentence_pair`; what it means says the
+      objective. -1 where a row has no pair.
     weights: 1, or 0 where a row has no pair.
   """
 

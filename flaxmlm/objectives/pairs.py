@@ -7,6 +7,9 @@ section 3.1): are two segments that follow one another in order (0), or swapped
 
 The host sends a row as a piece of whole sentences of one document, with room
 for one more [SEP]. It is split at one of its sentence starts, each as likely.
+
+`sentence_pair` asks for the label that came with a pair of texts, one of any
+number of classes. The host sends both behind one another, the label in a flag.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from flaxmlm.models.model import Model, Params
 from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.objectives.objective import (
+  LABEL_SHIFT,
+  PAIR_START,
   SENTENCE_START,
   WORD_START,
   Batch,
@@ -47,16 +52,15 @@ def beside(
 
   Args:
     objective: What hides tokens; it is given rows that are pairs already.
-    name: "next_sentence" or "sentence_order".
+    name: One of `ARRANGE`.
     vocab: See `objectives.build`.
   """
-  arrange = {"next_sentence": continue_or_not, "sentence_order": swap_or_not}
 
   def corrupt(
     keys: Key[Array, " B"], batch: Batch, step: Int[Array, ""]
   ) -> Example:
     keys = jax.vmap(jax.random.split)(keys)
-    batch, token_types, pairs = arrange[name](keys[:, 0], batch, vocab=vocab)
+    batch, token_types, pairs = ARRANGE[name](keys[:, 0], batch, vocab=vocab)
     example = objective.corrupt(keys[:, 1], batch, step)
     # A row of padding alone, which fills up a batch, is none that lacks a pair.
     single = (batch.segments[:, 0] > 0) & (pairs.weights == 0)
@@ -148,6 +152,27 @@ def swap_or_not(
   return join(batch, first, second, labels, good, vocab=vocab)
 
 
+def take_label(
+  keys: Key[Array, " B"], batch: Batch, *, vocab: Mapping[str, Any]
+) -> tuple[Batch, Int[Array, "B L"], Pairs]:
+  """Returns rows split where the second text begins; draws nothing."""
+  del keys
+  starts = batch.flags & PAIR_START > 0
+  split = jnp.argmax(starts, axis=1)
+  found = jnp.take_along_axis(batch.flags, split[:, None], axis=1)[:, 0]
+  first = Part(batch.ids, batch.flags, jnp.ones_like(split), split - 1)
+  second = first._replace(first=split, length=count_tokens(batch) + 1 - split)
+  labels = (found >> LABEL_SHIFT).astype(jnp.int32)
+  return join(batch, first, second, labels, starts.any(axis=1), vocab=vocab)
+
+
+ARRANGE = {
+  "next_sentence": continue_or_not,
+  "sentence_order": swap_or_not,
+  "sentence_pair": take_label,
+}
+
+
 def count_tokens(batch: Batch) -> Int[Array, " B"]:
   """Returns the tokens of each row between [CLS] and [SEP]."""
   return jnp.maximum((batch.segments > 0).sum(axis=1) - 2, 0)
@@ -178,7 +203,7 @@ def join(
   batch: Batch,
   first: Part,
   second: Part,
-  labels: Bool[Array, " B"],
+  labels: Bool[Array, " B"] | Int[Array, " B"],
   good: Bool[Array, " B"],
   *,
   vocab: Mapping[str, Any],

@@ -32,17 +32,21 @@ class Words(NamedTuple):
 
 
 def find_words(batch: Batch, maskable: Bool[Array, "B L"]) -> Words:
-  """Returns the words of each row, of maskable tokens alone.
+  """Returns the words of each row, those of maskable tokens alone.
 
-  A word begins where the flags say so, and behind a token that isn't maskable:
-  a border of documents has [CLS] and [SEP].
+  A word begins where the flags say so. One with [UNK] inside can't be hidden
+  whole, and so isn't hidden at all.
   """
   B, L = maskable.shape
+  rows = jnp.arange(B)[:, None]
+  starts = batch.flags & WORD_START > 0
+  every = jnp.cumsum(starts, axis=1)
+  broken = jnp.zeros((B, L + 1), bool).at[rows, every].max(~maskable)
+  maskable = maskable & ~jnp.take_along_axis(broken, every, axis=1)
   before = jnp.pad(maskable[:, :-1], ((0, 0), (1, 0)))
   breaks = maskable & ~before
-  begins = breaks | (maskable & (batch.flags & WORD_START > 0))
+  begins = breaks | (maskable & starts)
   word = jnp.cumsum(begins, axis=1) * maskable
-  rows = jnp.arange(B)[:, None]
   place = jnp.where(maskable, word - 1, L)
   zeros = jnp.zeros((B, L), jnp.int32)
   lengths = zeros.at[rows, place].add(1, mode="drop")

@@ -21,8 +21,14 @@ _PAIRS = {
 }
 
 
-def pair_words(objective: str | Sequence[str]) -> dict[int, str]:
-  """Returns what the values of `pair_label` mean, by the objective's name.
+def pair_words(
+  objective: str | Sequence[str], labels: Sequence[str] | None = None
+) -> dict[int, str]:
+  """Returns what the values of `pair_label` mean.
+
+  Args:
+    objective: `objective.name`.
+    labels: `objective.labels`.
 
   >>> pair_words(("span", "sentence_order"))[1]
   'A and B swapped'
@@ -30,6 +36,8 @@ def pair_words(objective: str | Sequence[str]) -> dict[int, str]:
   names = (objective,) if isinstance(objective, str) else objective
   words = {-1: "No pair could be made"}
   for name in names:
+    if name == "sentence_pair":
+      words |= dict(enumerate(labels))
     words |= _PAIRS.get(name, {})
   return words
 
