@@ -615,6 +615,12 @@ def _validate_objective(
     f"data.pair_field={c.data.pair_field} wants objective.labels, the values of"
     f" the field {c.data.label_field!r}",
   )
+  fields = (c.data.text_field, c.data.pair_field, c.data.label_field)
+  need(
+    c.data.pair_field is None or len(set(fields)) == 3,
+    "data.text_field, data.pair_field and data.label_field are"
+    f" {', '.join(map(str, fields))}: wants three fields",
+  )
   if "sentence_pair" in names:
     need(
       labels is not None,
@@ -648,12 +654,19 @@ def _validate_objective(
     )
 
 
-def row_kind(c: ConfigDict) -> str:
+def row_kind(objective: Mapping[str, Any]) -> str:
   """Returns what the objective's rows are made of; see `data.rows.load`."""
-  names = as_tuple(c.objective.name)
+  names = as_tuple(objective["name"])
   if "sentence_pair" in names:
     return "pairs"
   return "sentences" if set(names) & set(PAIR_OBJECTIVES) else "packed"
+
+
+def asked_of_pairs(objective: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns what the classes of the head of pairs mean: a name, and labels."""
+  found = set(as_tuple(objective["name"])) & set(PAIR_OBJECTIVES)
+  labels = objective["labels"] if "sentence_pair" in found else ()
+  return (*found, *labels)
 
 
 def wants_others(c: ConfigDict) -> bool:
@@ -973,6 +986,7 @@ def _take_run(
     for name in KEYS
     if name.startswith("data.") and name not in _BESIDE_THE_STORE
   ]
+  text.append("objective.labels")
   if "data.store" in stated:
     # A store of another making: its text and tokenizer are what it says.
     for name in {*text, *tokenizer} - set(stated):
@@ -995,6 +1009,15 @@ def _take_run(
       )
   if result["data.store"] is None and "tokenizer.path" not in stated:
     result["tokenizer.path"] = own_tokenizer
+  asked, before = (
+    asked_of_pairs({k: v[f"objective.{k}"] for k in ("name", "labels")})
+    for v in (result, theirs)
+  )
+  if asked and before and asked != before:
+    raise InputError(
+      f"{run} was asked {', '.join(before)} of pairs, not {', '.join(asked)};"
+      " take the parameters alone, by model.init_from"
+    )
   if result["train.steps"] <= step:
     raise InputError(
       f"train.steps={result['train.steps']}: {run} has done {step} already, and"

@@ -87,13 +87,17 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
     )
 
   from flaxmlm import prepare
-  from flaxmlm.data import batches, rows
-  from flaxmlm.train import check_others, open_data
+  from flaxmlm.data import batches
+  from flaxmlm.train import check_flags, load_plan, open_data
 
   with contextlib.ExitStack() as stack:
-    tokenizer = c.tokenizer.path
+    tokenizer, pair_keys = c.tokenizer.path, {}
     if is_run:
       trained, _, plan = open_data(c, args.workdir)
+      spec = trained.manifest["spec"]
+      if c.data.pair_field is None and "data.pair_field" in spec:
+        names = ("data.pair_field", "data.label_field", "objective.labels")
+        pair_keys = {name: spec[name] for name in names}
       tokenizer = os.path.join(trained.folder, "tokenizer")
     if args.source is None:
       store = trained
@@ -108,16 +112,14 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
             "data.validation_source": None,
             "data.validation_fraction": 0.0,
             "tokenizer.path": tokenizer,
-          },
+          }
+          | pair_keys,
           where="--source",
         ),
         os.path.join(folder, "store"),
       )
-      plan = rows.load(
-        store, "train", c.data.row_length, kind=config.row_kind(c)
-      )
-      if config.wants_others(c):
-        check_others(store, plan)
+      check_flags(store, c)
+      plan = load_plan(store, "train", c)
 
     import jax
     import jax.numpy as jnp
@@ -129,6 +131,13 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
     from flaxmlm.training.step import make_eval_step
 
     m = load(args.workdir)
+    asks = config.asked_of_pairs(c.objective)
+    asked = config.asked_of_pairs(m.config.get("objective", c.objective))
+    if asks and asked and asks != asked:
+      raise InputError(
+        f"{args.workdir}: was asked {', '.join(asked)} of pairs, not"
+        f" {', '.join(asks)}; leave objective.name and objective.labels out"
+      )
     needed = jax.eval_shape(
       lambda key: objectives.init_params(
         key, model=m.model, options=c.objective

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{name:>14}  {value}")
   left = set(m.params) - set(exporting.kept(m)) - {"generator"}
   if left:
-    print(f"{'left out':>14}  {', '.join(sorted(left))}: no such head there")
+    print(f"{'left out':>14}  {', '.join(sorted(left))}: has no place there")
 
   tokenizer_json = to_json(m.tokenizer)
   lines, notes = check_tokenizer(

@@ -49,7 +49,7 @@ SHARD_CHARS = 4 << 20
 _OVERSAMPLE = 8
 _SAMPLE_FILES = 16
 _BLOCK_CHARS = 1 << 20
-_PAIR_BORDER = "\x1e"  # "record separator"; cleaning leaves none in a text
+_PAIR_BORDER = "\x1e"  # "record separator"
 
 # Called with bytes, documents and tokens that have been done so far.
 Update = Callable[[int, int, int], None]
@@ -84,10 +84,10 @@ def main() -> None:  # noqa: D103
     store.verify(made)
     print(f"{args.out}: nothing to do, the store is finished and undamaged")
   L = config.data.row_length
-  facts = summary(made.manifest) | {
-    "row_length": L,
-    "row_fill": rows.predict_fill(made.train.offsets, L),
-  }
+  fill = rows.predict_fill(made.train.offsets, L)
+  if config.data.pair_field is not None:
+    fill = rows.plan_pairs(made.train.offsets, L).fill
+  facts = summary(made.manifest) | {"row_length": L, "row_fill": fill}
   if not finished:
     facts["seconds"] = seconds
     rate = facts["bytes"] / 1e6 / sum(seconds.values())
@@ -97,7 +97,8 @@ def main() -> None:  # noqa: D103
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(facts, file, indent=2)
       file.write("\n")
-  given = [a for a in sys.argv[1:] if a.startswith("--config")]
+  given = [f"--config={args.config}"] if args.config else []
+  given += [a for a in sys.argv[1:] if a.startswith("--config.")]
   line = [*given, f"--config.data.store={args.out}", "--workdir=runs/NAME"]
   print(f"store: {args.out}")
   print(f"next:  python -m flaxmlm.train {shlex.join(line)}")

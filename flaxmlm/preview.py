@@ -151,8 +151,8 @@ def objects(
     `step`; `row`, the index in the batch; `example`, the row's number in the
     run; lists of L: `original_ids`, `input_ids`, `segments`, `positions`,
     `token_types`, `flags`; lists of M: `slots`, `targets`, `weights`, where
-    weight 0 says that a slot is not used. Of pairs `pair_label` too: 0, 1, or
-    -1 where a row has none.
+    weight 0 says that a slot is not used. Of pairs `pair_label` too: the
+    class, -1 where a row has none.
   """
   from flaxmlm.objectives import restore_ids
 

@@ -223,8 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer,
         state.params,
         print,
-        options=c.model,
-        seed=c.seed,
+        options=c,
       )
       placed = jax.device_put(given, state_sharding.params)
       state = state._replace(params=placed)
@@ -437,7 +436,6 @@ def open_data(
       with, or the weights don't fit its sources.
   """
   from flaxmlm import prepare
-  from flaxmlm.data import rows
   from flaxmlm.data.store import open_store
 
   own = os.path.join(workdir, "store")
@@ -456,24 +454,37 @@ def open_data(
       f"data.weights has {len(weights)} numbers, the store {len(texts)} sources"
     )
   check_flags(store, c)
-  L, kind = c.data.row_length, config.row_kind(c)
   sources = range(len(weights)) if weights else [None]
-  plans = [rows.load(store, "train", L, source=s, kind=kind) for s in sources]
-  validation = rows.load(store, "validation", L, kind=kind)
+  plans = [load_plan(store, "train", c, source=s) for s in sources]
+  return store, plans, load_plan(store, "validation", c)
+
+
+def load_plan(
+  store: TokenStore, split: str, c: ConfigDict, *, source: int | None = None
+) -> RowPlan:
+  """Returns the rows that the objective wants; see `data.rows.load`.
+
+  Says how many pairs are left out for their length.
+
+  Raises:
+    InputError: All are; or there is nothing to take another document from.
+  """
+  from flaxmlm.data import rows
+
+  L, kind = c.data.row_length, config.row_kind(c.objective)
+  plan = rows.load(store, split, L, source=source, kind=kind)
   if kind == "pairs":
-    for split, chosen in (("train", plans), ("validation", [validation])):
-      pairs = len(getattr(store, split).offsets) - 1
-      left = pairs - sum(plan.rows for plan in chosen)
-      if left:
-        print(
-          f"{left:,} of {pairs:,} {split} pairs have more than {L - 3} tokens"
-          " and are left out; raise data.row_length"
-        )
-  if config.wants_others(c):
-    for plan in [*plans, validation]:
-      if plan.rows:
-        check_others(store, plan)
-  return store, plans, validation
+    numbers = getattr(store, split).sources
+    pairs = len(numbers) if source is None else (numbers == source).sum()
+    left = f"{pairs - plan.rows:,} of {pairs:,} {split} pairs in {store.folder}"
+    why = f"have more than {L - 3} tokens"
+    if pairs and not plan.rows:
+      raise InputError(f"{left} {why}; raise data.row_length={L}")
+    if pairs > plan.rows:
+      print(f"{left} {why} and are left out; data.row_length decides")
+  if config.wants_others(c) and plan.rows:
+    check_others(store, plan)
+  return plan
 
 
 def check_others(store: TokenStore, plan: RowPlan) -> None:
@@ -505,13 +516,13 @@ def check_flags(store: TokenStore, c: ConfigDict) -> None:
 
   flags, offsets = store.train.flags[: 1 << 20], store.train.offsets
   asked = f"objective.name={c.objective.name!r}"
-  if config.row_kind(c) == "pairs":
+  if config.row_kind(c.objective) == "pairs":
     if "data.pair_field" not in store.manifest["spec"]:
       raise InputError(
         f"{asked}: {store.folder} has no pairs with labels; make a store of"
         " them by data.pair_field, data.label_field and objective.labels"
       )
-  elif config.row_kind(c) == "sentences":
+  elif config.row_kind(c.objective) == "sentences":
     first = flags[offsets[offsets < len(flags)]]
     inner = np.count_nonzero(flags & SENTENCE_START) - np.count_nonzero(
       first & SENTENCE_START
@@ -535,6 +546,11 @@ def check_flags(store: TokenStore, c: ConfigDict) -> None:
 
 def check_spec(spec: Mapping[str, Any], c: ConfigDict) -> None:
   """Raises InputError if a key contradicts what `data.store` was made with."""
+  if c.data.pair_field is not None and "data.pair_field" not in spec:
+    raise InputError(
+      f"{c.data.store} was made without data.pair_field; leave the key out, or"
+      " make another store"
+    )
   for name, value in config.to_flat(c).items():
     if (
       name in spec

@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import program
 
+import flaxmlm
 from flaxmlm import InputError, config, objectives, prepare, tokenizers
 from flaxmlm.data import batches, rows
 from flaxmlm.data.sources import BadRecords, read
@@ -77,7 +79,7 @@ def test_each_pair_that_fits_is_asked_for_its_own_label_once(stored):
   corrupt = jax.jit(objective.corrupt)
   found = {}
   for split in ("train", "validation"):
-    plan = rows.load(store, split, L, kind=config.row_kind(c))
+    plan = rows.load(store, split, L, kind="pairs")
     for batch in batches.in_order(store, plan, batch_size=16):
       keys = jax.random.split(jax.random.key(0), 16)
       made = corrupt(keys, as_batch(batch), jnp.int32(0))
@@ -97,6 +99,58 @@ def test_each_pair_that_fits_is_asked_for_its_own_label_once(stored):
         assert (a[1:], b) not in found
         found[a[1:], b] = int(labels[row])
   assert found == known
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_on_other_pairs_and_exported(stored, tmp_path):
+  records, c, store = stored
+  keys = {
+    "data.store": store.folder,
+    "data.row_length": L,
+    "objective.name": "sentence_pair",
+    "objective.labels": LABELS,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.ffn": 16,
+    "model.max_positions": L,
+    "optimizer.warmup_steps": 0,
+    "train.steps": 2,
+    "train.batch_size": 8,
+  }
+  given = [f"--config.{name}={value}" for name, value in keys.items()]
+  code = "from flaxmlm.config import defaults as get_config\n"
+  (tmp_path / "empty.py").write_text(code)
+  run = f"--workdir={tmp_path / 'run'}"
+  out = program("train", f"--config={tmp_path / 'empty.py'}", run, *given)
+  whole = len(store.train.sources)
+  assert f" of {whole} train pairs in {store.folder} have more than 37" in out
+  # Pairs with other texts, of which a few are too long.
+  other = tmp_path / "other.jsonl"
+  other.write_text("".join(json.dumps(r | {"b": "ab"}) + "\n" for r in records))
+  source = [run, f"--source={other}", "--config.data.text_field=a"]
+  source += ["--config.data.pair_field=b", "--config.data.label_field=said"]
+  out = program("evaluate", *source, f"--json={tmp_path / 'found.json'}")
+  assert "are left out; data.row_length decides" in out
+  found = json.loads((tmp_path / "found.json").read_text())
+  assert 0 < found["eval/sentence_pair_loss"] < 3
+  swapped = "--config.objective.labels=('no', 'yes', '3')"
+  error = program("evaluate", *source, swapped, code=2)
+  assert "made with objective.labels=['yes', 'no', '3'], not ('no'" in error
+  order = "--config.objective.name=sentence_order"
+  error = program("evaluate", run, order, "--config.data.row_length=16", code=2)
+  assert "was asked sentence_pair, yes, no, 3 of pairs, not sente" in error
+  long = json.dumps({"a": "ab", "b": "ab ba " * 40, "said": "no"}) + "\n"
+  other.write_text(long)
+  error = program("evaluate", *source, code=2)
+  assert (
+    "1 of 1 train pairs in" in error and "raise data.row_length=40" in error
+  )
+  folder = tmp_path / "exported"
+  out = program("export", run, "--format=huggingface", f"--out={folder}")
+  assert "pair: has no place there" in out
+  assert "labels=('yes', 'no', '3')" in (folder / "README.md").read_text()
+  assert flaxmlm.load(str(folder)).params.keys() == {"encoder", "mlm", "pooler"}
 
 
 def write(path, kind):

@@ -1,14 +1,20 @@
 """Every objective is the same on any mesh, in any parts, and in its config."""
 
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_pairs import SPECIALS, L, V, pieces
 from test_training import tiny
 
 from flaxmlm import InputError, config, models, objectives
 from flaxmlm.objectives import Batch
+from flaxmlm.objectives.objective import LABEL_SHIFT, PAIR_START
 from flaxmlm.training import optimizers, sharding
 from flaxmlm.training.step import make_init, make_train_step, row_keys
 
@@ -20,12 +26,15 @@ NAMES = (
   "replaced_token",
   "next_sentence",
   ("span", "sentence_order"),
+  "sentence_pair",
 )
 
 
 def build(name, **changes):
   c = tiny(
     objective__name=name,
+    objective__labels=("a", "b", "c"),
+    data__pair_field="b",
     data__row_length=L,
     train__batch_size=32,
     model__max_positions=L,
@@ -43,6 +52,8 @@ def given(step: int = 0) -> Batch:
   batch = pieces(16, seed=2 * step)._replace(
     other=pieces(16, seed=2 * step + 1)
   )
+  labelled = np.arange(0, 16, 2)
+  batch.flags[labelled, 5] |= PAIR_START | labelled % 3 << LABEL_SHIFT
   number = np.arange(16, dtype=np.int32) + 16 * step
   return batch._replace(example=number)
 
@@ -52,10 +63,11 @@ def test_config_and_objectives_know_the_same_names():
   assert set(config.PAIR_OBJECTIVES) == set(objectives.PAIRS)
 
 
-@pytest.mark.parametrize("name", NAMES, ids=str)
-def test_draws_are_the_same_on_a_mesh_and_in_parts(name):
+def make_corrupt(name):
+  """Returns a function of a batch; keys come out as numbers."""
   _, objective = build(name)
 
+  @jax.jit
   def corrupt(batch):
     keys, _ = row_keys(jax.random.key(3), jnp.int32(5), batch.example)
     example = objective.corrupt(keys, batch, jnp.int32(5))
@@ -63,13 +75,66 @@ def test_draws_are_the_same_on_a_mesh_and_in_parts(name):
     data = keys if keys is None else jax.random.key_data(keys)
     return example._replace(keys=data)
 
-  whole = jax.jit(corrupt)(given())
+  return corrupt
+
+
+@pytest.mark.parametrize("name", NAMES, ids=str)
+def test_draws_are_the_same_on_a_mesh_and_in_parts(name):
+  corrupt = make_corrupt(name)
+  whole = corrupt(given())
   mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)
-  spread = jax.jit(corrupt)(sharding.put_rows(mesh, given()))
-  few = jax.jit(corrupt)(jax.tree.map(lambda x: x[[3, 11]], given()))
+  spread = corrupt(sharding.put_rows(mesh, given()))
+  few = corrupt(jax.tree.map(lambda x: x[[3, 11]], given()))
   for a, b, c in zip(*map(jax.tree.leaves, (whole, spread, few)), strict=True):
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(np.asarray(a)[[3, 11]], c)
+
+
+def draw_as_process(index: int, port: int, out: str) -> None:
+  """Saves what a process of two draws for its half of the rows."""
+  jax.distributed.initialize(f"localhost:{port}", 2, index)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  assert mesh.size == 16
+  own = slice(8 * index, 8 * index + 8)
+  rows = sharding.put_rows(mesh, jax.tree.map(lambda x: x[own], given()))
+  found = {}
+  for name in NAMES:
+    corrupt = jax.jit(
+      make_corrupt(name), out_shardings=sharding.batch_sharding(mesh)
+    )
+    leaves = jax.tree.leaves(corrupt(rows))
+    for number, leaf in enumerate(leaves):
+      parts = sorted(leaf.addressable_shards, key=lambda s: s.index[0].start)
+      found[f"{name} {number}"] = np.concatenate([s.data for s in parts])
+  np.savez(out, **found)
+
+
+@pytest.mark.slow
+def test_draws_are_the_same_in_two_processes(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  outs = [str(tmp_path / f"{index}.npz") for index in range(2)]
+  code = (
+    "import conftest, test_objectives as t; t.draw_as_process({}, {}, {!r})"
+  )
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code.format(index, port, out)],
+      cwd=ROOT / "tests",
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index, out in enumerate(outs)
+  ]
+  for process in processes:
+    _, error = process.communicate(timeout=500)
+    assert process.returncode == 0, error[-3000:]
+  halves = [np.load(out) for out in outs]
+  for name in NAMES:
+    for number, leaf in enumerate(jax.tree.leaves(make_corrupt(name)(given()))):
+      both = [half[f"{name} {number}"] for half in halves]
+      np.testing.assert_array_equal(np.concatenate(both), leaf)
 
 
 def losses(name, devices: int, microbatches: int) -> np.ndarray:

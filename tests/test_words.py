@@ -18,11 +18,11 @@ SHARES = {"whole_word": (1.0,), "ngram": ngram.SHARES, "span": span.SHARES}
 def run(keys, batch, maskable, budgets, shares):
   found = words.find_words(batch, maskable)
   spans = words.pick_words(keys, found, budgets, shares)
-  return spans, words.count_too_long(found, budgets)
+  return spans, words.count_left_out(found, budgets)
 
 
 def pick(*args):
-  """Spans and words that are too long, of whole rows."""
+  """Spans, and how many words are left out, of whole rows."""
   return jax.device_get(run(*args))
 
 
@@ -83,7 +83,7 @@ def test_spans_are_those_of_the_definition(name, rate):
     [max(1, round(rate * n)) if n else 0 for n in maskable.sum(1)], np.int32
   )
   keys = jax.random.split(jax.random.key(1), 60)
-  got, too_long = pick(keys, batch, maskable, budgets, SHARES[name])
+  got, left = pick(keys, batch, maskable, budgets, SHARES[name])
   for row in range(60):
     found = list_words(batch.flags[row], maskable[row])
     order_key, length_key = jax.random.split(keys[row])
@@ -94,7 +94,12 @@ def test_spans_are_those_of_the_definition(name, rate):
     order = np.argsort(bits >> 1, kind="stable")
     want = choose(found, order, lengths, budgets[row])
     assert {p: n for p, n in enumerate(got[row].tolist()) if n} == want
-    assert too_long[row] == sum(len(w) > budgets[row] for w, _ in found)
+    too_long = sum(len(w) > budgets[row] for w, _ in found)
+    assert left["words_too_long"][row] == too_long
+    starts = np.flatnonzero(batch.flags[row] & 1)
+    whole = [maskable[row][w] for w in np.split(np.arange(L), starts) if len(w)]
+    broken = sum(w.any() and not w.all() for w in whole)
+    assert left["words_with_unknown"][row] == broken
 
 
 def make(name: str, **options):

@@ -519,7 +519,10 @@ def _report_field(
   """Reports a field that is missing or isn't a string."""
   names = list(names)
   if field in names:
-    what = f"field {field!r} is {type(value).__name__}, not a string"
+    wanted = "a string"
+    if key == "data.label_field":
+      wanted += " or an integer"
+    what = f"field {field!r} is {type(value).__name__}, not {wanted}"
   else:
     # A table without a header shows its first row here, however long.
     some = ", ".join(" ".join(name.split())[:40] for name in names[:20])
@@ -596,7 +599,9 @@ def _parquet(
       for batch in table.iter_batches(
         256, columns=list(fields), use_threads=False
       ):
-        for row in zip(*(batch.column(field) for field in fields), strict=True):
+        names = batch.schema.names
+        columns = [batch.column(names.index(field)) for field in fields]
+        for row in zip(*columns, strict=True):
           number += 1
           where = f"{path}:{number}"
           try:

@@ -40,7 +40,6 @@ SENTENCE_START = 2
 # Of documents that are pairs: where the second text begins; its label above.
 PAIR_START = 4
 LABEL_SHIFT = 3
-MAX_LABELS = 1 << (8 - LABEL_SHIFT)
 
 SPLITS = ("train", "validation")
 FORMAT = 1

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxmlm import InputError, models, objectives
-from flaxmlm.config import from_json
+from flaxmlm.config import asked_of_pairs, from_json
 from flaxmlm.inference.loading import LoadedModel, load
 from flaxmlm.inference.tiling import tile
 from flaxmlm.models import roberta
@@ -42,7 +42,6 @@ def start_from(
   say: Callable[[str], None],
   *,
   options: Mapping[str, Any],
-  seed: int,
 ) -> Params:
   """Returns a folder's parameters, fitted to a tokenizer and to a size.
 
@@ -57,15 +56,21 @@ def start_from(
     fresh: Initial parameters of the run's model; they stand in for an MLM head
       that the folder lacks.
     say: Is told what was done.
-    options: The `model` keys of the run.
-    seed: Seed of the tiling.
+    options: The config of the run.
 
   Raises:
     InputError: The folder can't be loaded, or has another vocabulary and no
       tokenizer to compare.
   """
   m = load(folder)
-  params = dict(m.params)
+  params, shape = dict(m.params), options["model"]
+  asked, given = asked_of_pairs(options["objective"]), m.config.get("objective")
+  # Of a Hugging Face folder, the classes are those of NSP or SOP.
+  same = "sentence_pair" not in asked
+  if given is not None:
+    same = asked == asked_of_pairs(given)
+  if asked and not same and params.pop("pair", None):
+    say(f"{folder}: its head of pairs was asked something else")
   new = [name for name in fresh if name not in params]
   if new:
     say(f"{folder}: has no {', '.join(new)}; that begins anew")
@@ -105,19 +110,19 @@ def start_from(
 
   heads = {name: params.pop(name) for name in list(params) if name not in _FIT}
   params = jax.tree_util.tree_map_with_path(fit, params)
-  params = _with_positions(params, m.config["model"], options, folder, say)
+  params = _with_positions(params, m.config["model"], shape, folder, say)
   old = m.config["model"]
-  changed = [name for name in _DIMENSIONS if options[name] != old[name]]
+  changed = [name for name in _DIMENSIONS if shape[name] != old[name]]
   if changed:
-    params = tile(params, fresh, old=old, new=options, seed=seed)
-  if "layers" in changed and options["family"] == "albert":
+    params = tile(params, fresh, old=old, new=shape, seed=options["seed"])
+  if "layers" in changed and shape["family"] == "albert":
     changed.remove("layers")
     say(
       f"{folder}: the parameters that {old['layers']} layers share serve"
-      f" {options['layers']}; what each adds is divided by as much"
+      f" {shape['layers']}; what each adds is divided by as much"
     )
   if changed:
-    changes = [f"{name} {old[name]} -> {options[name]}" for name in changed]
+    changes = [f"{name} {old[name]} -> {shape[name]}" for name in changed]
     say(
       f"{folder}: {count_parameters(m.params):,} parameters are tiled into"
       f" {count_parameters(params):,} ({', '.join(changes)})"

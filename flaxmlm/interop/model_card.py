@@ -208,6 +208,8 @@ def _objective(options: dict[str, Any]) -> str:
     idle.add("temperature")
   if not options["span_boundary"]:
     idle.add("span_boundary")
+  if "sentence_pair" not in names:
+    idle.add("labels")
   if "replaced_token" not in names:
     idle |= {"generator_size", "discriminator_weight"}
   given = [f"{k}={v}" for k, v in options.items() if k not in idle]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from flaxmlm.objectives import hiding
 from flaxmlm.objectives.objective import Batch, Objective
-from flaxmlm.objectives.words import count_too_long, find_words, pick_words
+from flaxmlm.objectives.words import count_left_out, find_words, pick_words
 
 LONGEST = 3
 SHARES = tuple(
@@ -37,7 +37,4 @@ def pick(
   """
   words = find_words(batch, maskable)
   spans = pick_words(keys, words, budgets, SHARES)
-  return hiding.Picked(
-    hiding.number(spans > 0),
-    {"words_too_long": count_too_long(words, budgets)},
-  )
+  return hiding.Picked(hiding.number(spans > 0), count_left_out(words, budgets))

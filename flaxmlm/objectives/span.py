@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from flaxmlm.models.model import Model, Params
 from flaxmlm.objectives import hiding
 from flaxmlm.objectives.objective import Batch, Example, Objective, Sums
-from flaxmlm.objectives.words import count_too_long, find_words, pick_words
+from flaxmlm.objectives.words import count_left_out, find_words, pick_words
 
 P, LONGEST = 0.2, 10
 _TAILS = [P * (1 - P) ** (n - 1) for n in range(1, LONGEST + 1)]
@@ -88,6 +88,4 @@ def pick(
   """
   words = find_words(batch, maskable)
   spans = pick_words(keys, words, budgets, SHARES)
-  return hiding.Picked(
-    spans, {"words_too_long": count_too_long(words, budgets)}
-  )
+  return hiding.Picked(spans, count_left_out(words, budgets))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from flaxmlm.objectives import hiding
 from flaxmlm.objectives.objective import Batch, Objective
-from flaxmlm.objectives.words import count_too_long, find_words, pick_words
+from flaxmlm.objectives.words import count_left_out, find_words, pick_words
 
 
 def build(options: Mapping[str, Any], **given: Any) -> Objective:
@@ -29,7 +29,4 @@ def pick(
   """
   words = find_words(batch, maskable)
   spans = pick_words(keys, words, budgets, (1.0,))
-  return hiding.Picked(
-    hiding.number(spans > 0),
-    {"words_too_long": count_too_long(words, budgets)},
-  )
+  return hiding.Picked(hiding.number(spans > 0), count_left_out(words, budgets))

@@ -23,26 +23,30 @@ class Words(NamedTuple):
     run: Number of the run of the n-th word: words of one run stand beside one
       another, in one document, with nothing between them.
     word: Number of each token's word, from 1; 0 for what may not be hidden.
+    broken: How many words have a special token inside, and so aren't here.
   """
 
   count: Int[Array, " B"]
   end: Int[Array, "B L"]
   run: Int[Array, "B L"]
   word: Int[Array, "B L"]
+  broken: Int[Array, " B"]
 
 
 def find_words(batch: Batch, maskable: Bool[Array, "B L"]) -> Words:
   """Returns the words of each row, those of maskable tokens alone.
 
-  A word begins where the flags say so. One with [UNK] inside can't be hidden
-  whole, and so isn't hidden at all.
+  A word begins where the flags say so. One with a special token inside, [UNK]
+  for one, can't be hidden whole, and so isn't hidden at all.
   """
   B, L = maskable.shape
   rows = jnp.arange(B)[:, None]
   starts = batch.flags & WORD_START > 0
   every = jnp.cumsum(starts, axis=1)
-  broken = jnp.zeros((B, L + 1), bool).at[rows, every].max(~maskable)
-  maskable = maskable & ~jnp.take_along_axis(broken, every, axis=1)
+  nothing = jnp.zeros((B, L + 1), bool)
+  special = nothing.at[rows, every].max(~maskable)
+  broken = special & nothing.at[rows, every].max(maskable)
+  maskable = maskable & ~jnp.take_along_axis(special, every, axis=1)
   before = jnp.pad(maskable[:, :-1], ((0, 0), (1, 0)))
   breaks = maskable & ~before
   begins = breaks | (maskable & starts)
@@ -51,7 +55,8 @@ def find_words(batch: Batch, maskable: Bool[Array, "B L"]) -> Words:
   zeros = jnp.zeros((B, L), jnp.int32)
   lengths = zeros.at[rows, place].add(1, mode="drop")
   run = zeros.at[rows, place].max(jnp.cumsum(breaks, axis=1), mode="drop")
-  return Words(begins.sum(axis=1), jnp.cumsum(lengths, axis=1), run, word)
+  end = jnp.cumsum(lengths, axis=1)
+  return Words(begins.sum(axis=1), end, run, word, broken.sum(axis=1))
 
 
 def pick_words(
@@ -124,9 +129,13 @@ def pick_words(
   return jax.vmap(pick)(keys, words, budget)
 
 
-def count_too_long(
+def count_left_out(
   words: Words, budget: Int[Array, " B"]
-) -> Float[Array, " B"]:
-  """Returns how many words of each row no budget has room for."""
+) -> dict[str, Float[Array, " B"]]:
+  """Returns how many words of each row can't be hidden, by the reason."""
   lengths = jnp.diff(words.end, axis=1, prepend=0)
-  return (lengths > budget[:, None]).sum(axis=1).astype(jnp.float32)
+  too_long = (lengths > budget[:, None]).sum(axis=1)
+  return {
+    "words_too_long": too_long.astype(jnp.float32),
+    "words_with_unknown": words.broken.astype(jnp.float32),
+  }
