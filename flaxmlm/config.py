@@ -810,8 +810,11 @@ def parse(
     config = take_rest(config, stated, workdir)
   if args.print_config:
     print(to_json(config), end="", flush=True)
-  for name in ("json", "html"):
-    check_file(name, getattr(args, name, None))
+  outs = [getattr(args, name, None) for name in ("json", "html")]
+  for name, path in zip(("json", "html"), outs, strict=True):
+    check_file(name, path)
+  if None not in outs and len(set(map(os.path.realpath, outs))) == 1:
+    raise InputError(f"--json and --html are one file, {outs[0]}; name another")
   made = os.path.join(workdir, "store", "manifest.json")
   validate(config, sources=not (workdir and (given or os.path.exists(made))))
   if args.print_config:

@@ -52,7 +52,7 @@ def given(step: int = 0) -> Batch:
   batch = pieces(16, seed=2 * step)._replace(
     other=pieces(16, seed=2 * step + 1)
   )
-  labelled = np.arange(0, 16, 2)
+  labelled = np.arange(2, 16, 2, dtype=np.uint8)
   batch.flags[labelled, 5] |= PAIR_START | labelled % 3 << LABEL_SHIFT
   number = np.arange(16, dtype=np.int32) + 16 * step
   return batch._replace(example=number)

@@ -129,6 +129,7 @@ def test_the_true_continuation_or_a_part_of_the_other():
       # The shorter of the two second parts decides.
       rest = len(second) - place, len(first) - len(a)
       assert len(b) == min(rest)
+      assert example.counts["tokens_cut"][row] == rest[0] - len(b)
   assert abs(example.pairs.labels[2:].mean() - 0.5) < 5 * 0.5 / 598**0.5
 
 

@@ -35,6 +35,9 @@ from flaxmlm.objectives.objective import (
   Sums,
 )
 
+Arranged = tuple[Batch, Int[Array, "B L"], Pairs]
+"""Rows, their segments A and B, and what is asked."""
+
 
 class Part(NamedTuple):
   """Tokens `first` to `first + length` of each row of two arrays."""
@@ -60,7 +63,8 @@ def beside(
     keys: Key[Array, " B"], batch: Batch, step: Int[Array, ""]
   ) -> Example:
     keys = jax.vmap(jax.random.split)(keys)
-    batch, token_types, pairs = ARRANGE[name](keys[:, 0], batch, vocab=vocab)
+    arranged, counts = ARRANGE[name](keys[:, 0], batch, vocab=vocab)
+    batch, token_types, pairs = arranged
     example = objective.corrupt(keys[:, 1], batch, step)
     # A row of padding alone, which fills up a batch, is none that lacks a pair.
     single = (batch.segments[:, 0] > 0) & (pairs.weights == 0)
@@ -68,6 +72,7 @@ def beside(
       inputs=example.inputs._replace(token_types=token_types),
       counts={
         **example.counts,
+        **counts,
         "rows_without_pair": single.astype(jnp.float32),
       },
       pairs=pairs,
@@ -104,7 +109,7 @@ def beside(
 
 def continue_or_not(
   keys: Key[Array, " B"], batch: Batch, *, vocab: Mapping[str, Any]
-) -> tuple[Batch, Int[Array, "B L"], Pairs]:
+) -> tuple[Arranged, dict[str, Float[Array, " B"]]]:
   """Returns rows in which B follows A, or comes from `batch.other`.
 
   Both rows are split alike, and the longer B is cut to the length of the
@@ -116,9 +121,9 @@ def continue_or_not(
   split, good = choose_split(keys[:, 0], batch)
   other_split, other_good = choose_split(keys[:, 1], other)
   labels = jax.vmap(jax.random.bernoulli)(keys[:, 2])
-  length = jnp.minimum(
-    count_tokens(batch) + 1 - split, count_tokens(other) + 1 - other_split
-  )
+  own = count_tokens(batch) + 1 - split
+  theirs = count_tokens(other) + 1 - other_split
+  length = jnp.minimum(own, theirs)
   first = Part(batch.ids, batch.flags, jnp.ones_like(split), split - 1)
   second = Part(
     jnp.where(labels[:, None], other.ids, batch.ids),
@@ -126,12 +131,15 @@ def continue_or_not(
     jnp.where(labels, other_split, split),
     length,
   )
-  return join(batch, first, second, labels, good & other_good, vocab=vocab)
+  good = good & other_good
+  cut = jnp.where(good, jnp.where(labels, theirs, own) - length, 0)
+  made = join(batch, first, second, labels, good, vocab=vocab)
+  return made, {"tokens_cut": cut.astype(jnp.float32)}
 
 
 def swap_or_not(
   keys: Key[Array, " B"], batch: Batch, *, vocab: Mapping[str, Any]
-) -> tuple[Batch, Int[Array, "B L"], Pairs]:
+) -> tuple[Arranged, dict[str, Float[Array, " B"]]]:
   """Returns rows whose two segments are in order, or swapped."""
   keys = jax.vmap(jax.random.split)(keys)
   split, good = choose_split(keys[:, 0], batch)
@@ -149,12 +157,13 @@ def swap_or_not(
     jnp.where(labels, 1, split),
     jnp.where(labels, before, after),
   )
-  return join(batch, first, second, labels, good, vocab=vocab)
+  made = join(batch, first, second, labels, good, vocab=vocab)
+  return made, {}
 
 
 def take_label(
   keys: Key[Array, " B"], batch: Batch, *, vocab: Mapping[str, Any]
-) -> tuple[Batch, Int[Array, "B L"], Pairs]:
+) -> tuple[Arranged, dict[str, Float[Array, " B"]]]:
   """Returns rows split where the second text begins; draws nothing."""
   del keys
   starts = batch.flags & PAIR_START > 0
@@ -163,9 +172,12 @@ def take_label(
   first = Part(batch.ids, batch.flags, jnp.ones_like(split), split - 1)
   second = first._replace(first=split, length=count_tokens(batch) + 1 - split)
   labels = (found >> LABEL_SHIFT).astype(jnp.int32)
-  return join(batch, first, second, labels, starts.any(axis=1), vocab=vocab)
+  good = starts.any(axis=1)
+  made = join(batch, first, second, labels, good, vocab=vocab)
+  return made, {}
 
 
+# Each returns the rows, and numbers a row that are logged by name.
 ARRANGE = {
   "next_sentence": continue_or_not,
   "sentence_order": swap_or_not,
@@ -207,7 +219,7 @@ def join(
   good: Bool[Array, " B"],
   *,
   vocab: Mapping[str, Any],
-) -> tuple[Batch, Int[Array, "B L"], Pairs]:
+) -> Arranged:
   """Returns rows [CLS] first [SEP] second [SEP], and their segments A and B.
 
   The second [SEP] belongs to B (0 and 1, as in google-research/bert). A row
