@@ -1,27 +1,40 @@
 """What an objective costs: hiding and pairing, beside the step that they serve.
 
-  python -m benchmarks.objectives [--quick] [--json]
+  python -m benchmarks.objectives [--quick] [--json] [--v5e]
 
 The step is that of BERT 4x256 with `masked`, forward, backward and AdamW, as in
 `benchmarks.train_step`; corruption is timed alone, on the same rows, with words
 of one to four tokens and sentences of about twenty.
+
+`--v5e` compiles the same for a chip of a TPU v5e (bfloat16; no chip is needed,
+but libtpu is) and compares the bytes that go to and from HBM, each loop with as
+many turns as a row has tokens, which is more than there are.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import report
-from benchmarks.train_step import SHAPES, SPECIALS, Shape, make_ours, make_rows
+from benchmarks import hbm, report
+from benchmarks.train_step import (
+  SHAPES,
+  SPECIALS,
+  Shape,
+  make_ours,
+  make_rows,
+  make_step,
+)
 from flaxmlm import config, objectives
 from flaxmlm.objectives import Batch, hiding, replaced_token
-from flaxmlm.training import memory
+from flaxmlm.training import memory, sharding
 
 NAMES = (
   "masked",
@@ -31,11 +44,17 @@ NAMES = (
   "replaced_token",
   "next_sentence",
   "sentence_order",
+  "sentence_pair",
 )
 
 
 def main() -> None:
-  args = report.parser(__doc__).parse_args()
+  parser = report.parser(__doc__)
+  parser.add_argument("--v5e", action="store_true", help="bytes, by compiling")
+  args = parser.parse_args()
+  if args.v5e:
+    compare_bytes(args)
+    return
   memory.use_huge_pages()
   rows = []
   for name in ("bert_4x256_L128", "bert_4x256_L512"):
@@ -62,19 +81,69 @@ def main() -> None:
   )
 
 
+def compare_bytes(args: argparse.Namespace) -> None:
+  """Prints the bytes of corruption beside those of a step, on a v5e."""
+  from jax.experimental import topologies
+
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2"
+  )
+  rows = [
+    {"shape": name} | row
+    for name in ("bert_4x256_L128", "bert_4x256_L512")
+    for row in count_bytes(SHAPES[name], topology.devices[:1])
+  ]
+  report.table(rows)
+  report.finish(
+    args, "objectives_v5e", {"results": rows}, packages=["flaxmlm", "jax"]
+  )
+
+
+def count_bytes(
+  shape: Shape, chips: Sequence[jax.Device]
+) -> Iterator[dict[str, Any]]:
+  """Yields the bytes of each objective for rows of a shape."""
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=chips)
+  place = sharding.batch_sharding(mesh)
+
+  def moved(function: Any, *arguments: Any) -> float:
+    text = function.lower(*arguments).compile().as_text()
+    return hbm.count_bytes(text, turns=shape.length) / 1e6
+
+  step, make_arguments, _ = make_step(shape, "bfloat16", devices=chips)
+  whole = moved(step, *make_arguments(shapes=True))
+  keys, batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    (jax.random.split(jax.random.key(0), shape.rows), make_batch(shape)),
+  )
+  for name in NAMES:
+    corrupt = jax.jit(make_objective(shape, name).corrupt)
+    part = moved(corrupt, keys, batch, 0)
+    yield {
+      "objective": name,
+      "corruption MB": part,
+      "step MB": whole,
+      "share %": 100 * part / whole,
+    }
+
+
 def make_corrupt(shape: Shape, name: str) -> Callable[[], Any]:
   """Returns what corrupts one batch of a shape."""
-  options = config.defaults().objective.to_dict() | {"name": name}
-  objective = objectives.build(
-    options,
+  batch = make_batch(shape)
+  keys = jax.random.split(jax.random.key(0), shape.rows)
+  corrupt = jax.jit(make_objective(shape, name).corrupt)
+  return lambda: corrupt(keys, batch, 0)
+
+
+def make_objective(shape: Shape, name: str) -> objectives.Objective:
+  """Returns an objective for rows of a shape."""
+  return objectives.build(
+    config.defaults().objective.to_dict() | {"name": name},
     row_length=shape.length,
     vocab=SPECIALS | {"size": shape.vocab},
     steps=1000,
   )
-  batch = make_batch(shape)
-  keys = jax.random.split(jax.random.key(0), shape.rows)
-  corrupt = jax.jit(objective.corrupt)
-  return lambda: corrupt(keys, batch, 0)
 
 
 def make_draw(shape: Shape) -> Callable[[], Any]:

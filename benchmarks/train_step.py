@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ from benchmarks import report, turns
 from flaxmlm import config, models, objectives
 from flaxmlm.objectives import Batch
 from flaxmlm.training import metrics, optimizers, sharding
-from flaxmlm.training.step import make_init, make_train_step
+from flaxmlm.training.step import make_init, make_train_step, state_shapes
 
 MINE = "flaxmlm float32"
 SPECIALS = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
@@ -201,9 +201,17 @@ def make_ours(shape: Shape, dtype: str = "float32") -> Run:
 
 
 def make_step(
-  shape: Shape, dtype: str = "float32", **model_keys: Any
-) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]], float]:
-  """Returns our step, what makes its arguments, and its model FLOPs."""
+  shape: Shape,
+  dtype: str = "float32",
+  *,
+  devices: Sequence[jax.Device] | None = None,
+  **model_keys: Any,
+) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]], float]:
+  """Returns our step, what makes its arguments, and its model FLOPs.
+
+  The arguments are arrays, or with `shapes=True` what stands for them where the
+  devices are none of this machine's.
+  """
   B, L, V = shape.rows, shape.length, shape.vocab
   keys = {
     "model.family": shape.family,
@@ -220,7 +228,7 @@ def make_step(
     **{f"model.{name}": value for name, value in model_keys.items()},
   }
   c = config.check_keys(keys, where="benchmark")
-  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, devices=devices)
   model = models.build(c.model, vocab_size=V, dtype=dtype)
   objective = objectives.build(
     c.objective,
@@ -244,7 +252,14 @@ def make_step(
     ids, segments, positions, np.ones((B, L), np.uint8), np.arange(B)
   )
 
-  def arguments() -> tuple[Any, ...]:
+  def arguments(*, shapes: bool = False) -> tuple[Any, ...]:
+    if shapes:
+      place = sharding.batch_sharding(mesh)
+      rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch
+      )
+      key = jax.eval_shape(lambda: jax.random.key(1))
+      return state_shapes(init, places), rows, key
     rows = sharding.put_rows(mesh, batch)
     return init(jax.random.key(0)), rows, jax.random.key(1)
 
