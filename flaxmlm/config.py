@@ -901,6 +901,9 @@ def _take_folder(
     if name.startswith("tokenizer."):
       theirs[name] = key.default
   theirs["tokenizer.path"] = folder
+  if "data.row_length" not in stated:
+    longest = theirs["model.max_positions"]
+    theirs["data.row_length"] = min(values["data.row_length"], longest)
   return check_keys(values | theirs, where=folder)
 
 

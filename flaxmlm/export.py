@@ -1,6 +1,6 @@
 r"""Writes a trained model as a Hugging Face folder.
 
-  python -m flaxmlm.export --workdir=runs/quickstart --format=huggingface \\
+  python -m flaxmlm.export --workdir=runs/quickstart --format=huggingface \
     --out=exported
 
 The folder has config.json, model.safetensors, tokenizer.json and README.md, a

@@ -239,6 +239,7 @@ def show(
   )
   table = Table.grid(padding=(0, 1))
   table.add_column(justify="right")
+  table.add_column(overflow="fold")  # a long word is not cut off
   for name, text in documents.items():
     table.add_row(Text(f"{name} │" if name else "│", style="dim"), text)
   console.print(table)

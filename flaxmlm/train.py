@@ -180,13 +180,16 @@ def main(argv: list[str] | None = None) -> None:
   flops = objective.flops(model, L) * B
   train_rows = sum(plan.rows for plan in plans)
   steps = c.train.steps - phase.first_step
+
+  def count(plans: list[RowPlan]) -> int:
+    return sum(int(p.piece_length.sum(dtype=np.int64)) for p in plans)
+
   facts = {
     "parameters": f"{count_parameters(shapes.params):,}",
     "vocabulary": f"{V:,}",
-    "training tokens": f"{len(store.train.ids):,} in {train_rows:,} rows of"
+    "training tokens": f"{count(plans):,} in {train_rows:,} rows of"
     f" {L}, {sum(p.fill * p.rows for p in plans) / train_rows:.1%} full",
-    "validation tokens": f"{len(store.validation.ids):,} in"
-    f" {validation.rows:,} rows",
+    "validation tokens": f"{count([validation]):,} in {validation.rows:,} rows",
     "steps": f"{steps:,} of {B} rows = {B * L:,} tokens",
     "epochs": f"{steps * B / train_rows:.2f}",
     "FLOPs a token": f"{flops / (B * L):,.0f}",

@@ -451,7 +451,7 @@ def test_evaluate_finds_in_the_folder_what_it_finds_in_the_run(run, tmp_path):
   for name, keys in {
     "run": [],
     # What a run knows of how it was trained, and a folder doesn't.
-    "out": ["data.row_length=64", "data.document=line", "objective.rate=0.2"],
+    "out": ["data.document=line", "objective.rate=0.2"],
   }.items():
     path = tmp_path / f"{name}.json"
     program(
@@ -479,8 +479,13 @@ def test_fill_mask_answers_from_the_folder_as_from_the_run(run):
 @pytest.mark.parametrize(
   ("name", "args", "message"),
   [
-    ("evaluate", ["--config.data.row_length=64"], "name a text by --source"),
-    ("evaluate", ["--source=none.txt"], "data.row_length=128 is longer"),
+    ("evaluate", [], "name a text by --source"),
+    ("evaluate", ["--source=none.txt"], "none.txt: no such file"),
+    (
+      "evaluate",
+      ["--source=x", "--config.data.row_length=128"],
+      "data.row_length=128 is longer",
+    ),
     (
       "evaluate",
       ["--source=x", "--config=configs/quickstart.py"],

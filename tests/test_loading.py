@@ -112,6 +112,8 @@ def test_a_model_that_is_broken_still_has_its_guesses(loaded):
   ("given", "message"),
   [
     ({"input_ids": [5, 6]}, r"input_ids: wants a shape \[B, L\], has \(2,\)"),
+    ({"input_ids": ["a"]}, r"input_ids: a text; tokenizer\.encode"),
+    ({"input_ids": [[5], [5, 6]]}, "input_ids: rows of different lengths"),
     ({"input_ids": [[]]}, r"input_ids: wants a shape \[B, L\]"),
     ({"input_ids": [[5, V]]}, f"input_ids: outside of .* 0 … {V - 1}"),
     ({"input_ids": [[-1, 5]]}, "input_ids: outside of the vocabulary"),

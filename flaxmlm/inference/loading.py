@@ -259,7 +259,17 @@ class LoadedModel:
   def _run(
     self, function, input_ids, attention_mask, token_type_ids, slots=None
   ) -> np.ndarray:
-    ids = np.asarray(input_ids)
+    try:
+      ids = np.asarray(input_ids)
+    except ValueError as error:
+      raise InputError(
+        "input_ids: rows of different lengths; pad them, and say so by"
+        " attention_mask"
+      ) from error
+    if ids.dtype.kind in "US":
+      raise InputError(
+        "input_ids: a text; tokenizer.encode makes integers of it"
+      )
     if ids.ndim != 2 or ids.size == 0:
       raise InputError(f"input_ids: wants a shape [B, L], has {ids.shape}")
     valid, types = (

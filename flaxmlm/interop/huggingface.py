@@ -312,8 +312,11 @@ def save(
   with open(os.path.join(path, CONFIG), "w", encoding="utf-8") as file:
     json.dump(config, file, indent=2)
     file.write("\n")
+  weights = os.path.join(path, WEIGHTS)
   save_file(
     to_tensors(params, options, pad=config["pad_token_id"]),
-    os.path.join(path, WEIGHTS),
+    weights,
     metadata={"format": "pt"},
   )
+  # safetensors lets nobody else read it.
+  os.chmod(weights, os.stat(os.path.join(path, CONFIG)).st_mode)
