@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     facts=facts,
     metrics=metrics.read(os.path.join(workdir, "metrics.jsonl")),
     config=config.to_flat(c),
+    tasks=list(objective.shares)[1:],
     examples=[
       new | {"before": old.get("guesses", []), "after": new["guesses"]}
       for old, new in itertools.zip_longest(first_guesses, after, fillvalue={})

@@ -105,6 +105,11 @@ def test_losses_are_those_of_the_two_models_written_out():
   assert found["weight"] == valid.sum()
   assert found["correct"] == ((scores > 0) == (replaced > 0))[valid].sum()
   assert found["replaced"] == np.asarray(replaced).sum()
+  alarms = valid & (scores > 0)
+  hits = np.asarray(replaced)[alarms].sum()
+  assert 0 < hits < alarms.sum()
+  assert found["precision"] == (hits, alarms.sum())
+  assert found["recall"] == (hits, found["replaced"])
 
 
 def test_no_gradient_goes_through_what_is_drawn():

@@ -174,6 +174,25 @@ def test_baselines_are_labelled_on_the_plot(full):
   assert ">ln V, a uniform guess: 7.62</text>" in loss
 
 
+def test_what_else_is_asked_has_plots_beside_chance(tmp_path):
+  shares = {"eval/discriminator_replaced": 0.15}
+  found = {f"{kind}/{task}_{name}": 0.8
+           for kind in ("train", "eval")
+           for task in ("discriminator", "sentence_order", "sentence_pair")
+           for name in ("loss", "accuracy")}  # fmt: skip
+  text = page(
+    tmp_path,
+    metrics=[*lines(**found), evaluation(100, 4.0) | found | shares],
+    tasks=["discriminator", "sentence_order", "sentence_pair"],
+  )
+  assert Outline(text).count("svg") == 6 + 2 * 3
+  assert "Missing or not finite" not in text
+  # -0.15 ln 0.15 - 0.85 ln 0.85, all called true; ln 2, a coin.
+  levels = re.findall(r">without reading: ([\d.]+)</text>", text)
+  assert levels == ["0.42", "85.00", "0.69", "50.00"]
+  assert '<th scope="col">sentence_pair accuracy</th>' in text
+
+
 def test_gradient_norm_is_logarithmic_where_it_spans(tmp_path):
   wide = [{"step": n, "train/grad_norm": 10.0**n} for n in range(4)]
   narrow = [{"step": n, "train/grad_norm": 1.0 + n} for n in range(4)]

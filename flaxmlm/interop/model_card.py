@@ -12,6 +12,20 @@ _EVAL = {
   "eval/unigram_entropy": "loss of the token frequencies alone",
   "eval/uniform_entropy": "loss of a uniform guess, ln V",
 }
+# What is asked besides hidden tokens, each with a loss and an accuracy.
+_TASKS = (
+  "span_boundary",
+  "next_sentence",
+  "sentence_order",
+  "sentence_pair",
+  "discriminator",
+)
+_EVAL |= {
+  f"eval/{task}_{name}": f"{task}: {name}"
+  for task in _TASKS
+  for name in ("loss", "accuracy")
+}
+_EVAL["eval/discriminator_replaced"] = "discriminator: share of replaced tokens"
 
 
 class Phase(NamedTuple):

@@ -61,15 +61,18 @@ def build(options: Mapping[str, Any], **given: Any) -> Objective:
     scores = model.detect(params, hidden).astype(jnp.float32)
     weights = (example.inputs.segments > 0).astype(jnp.float32)
     nll = optax.sigmoid_binary_cross_entropy(scores, replaced)
-    correct = (scores > 0) == replaced
+    flagged = (scores > 0).astype(jnp.float32)
+    found = jnp.sum(flagged * replaced * weights)
     counts = {k: jnp.sum(n) for k, n in example.counts.items()}
     return hidden, {
       "generator": tokens,
       "discriminator": {
         "nll": jnp.sum(nll * weights),
         "weight": jnp.sum(weights),
-        "correct": jnp.sum(correct * weights),
+        "correct": jnp.sum((flagged == replaced) * weights),
         "replaced": jnp.sum(replaced * weights),
+        "precision": (found, jnp.sum(flagged * weights)),
+        "recall": (found, jnp.sum(replaced * weights)),
       },
       "counts": counts,
     }

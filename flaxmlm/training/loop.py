@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -115,7 +115,8 @@ def run(
     mark, timed, host, paused = now, 0, 0.0, 0.0
     return values
 
-  with _signals() as stop, _progress(first, schedule.steps) as show:
+  tasks = list(shares)
+  with _signals() as stop, _progress(first, schedule.steps, tasks) as show:
     if first == schedule.first:  # what it begins with: as a rule, nothing
       values = evaluate(state.params)
       write(first, values)
@@ -174,10 +175,10 @@ def evaluate(
 ) -> dict[str, float]:
   """Returns `eval/…` metrics over batches, each row once.
 
-  Loss, perplexity and accuracy are those of the hidden tokens; what else is
-  asked has its own by name. `eval/unigram_entropy` is the cross-entropy of the
-  same targets under the token frequencies of the training data: what is reached
-  by knowing those alone.
+  Loss, perplexity and accuracy are those of the hidden tokens, of which there
+  are `targets`; what else is asked has its own by name. `eval/unigram_entropy`
+  is the cross-entropy of the same targets under the token frequencies of the
+  training data: what is reached by knowing those alone.
   """
   sums = metrics.add_up([eval_step(params, batch) for batch in batches])
   values = metrics.means(sums, shares)
@@ -187,6 +188,8 @@ def evaluate(
     "unigram_entropy": unigram["nll"] / max(unigram["weight"], 1.0),
     "targets": unigram["weight"],
   }
+  for task in list(shares)[1:]:
+    values[f"{task}_targets"] = sums[task]["weight"]
   return {f"eval/{name}": value for name, value in values.items()}
 
 
@@ -234,7 +237,7 @@ class _Show(NamedTuple):
 
 
 @contextmanager
-def _progress(first: int, steps: int) -> Iterator[_Show]:
+def _progress(first: int, steps: int, tasks: Sequence[str]) -> Iterator[_Show]:
   """Shows a bar on a terminal, and plain lines elsewhere."""
   if jax.process_index() != 0:
     yield _Show(lambda step, values: None, lambda text: None)
@@ -244,7 +247,8 @@ def _progress(first: int, steps: int) -> Iterator[_Show]:
 
     def line(step: int, values: dict[str, float]) -> None:
       if values:
-        print(f"step {step:,}/{steps:,}  {_brief(values)}", flush=True)
+        text = brief(values, tasks)
+        print(f"step {step:,}/{steps:,}  {text}", flush=True)
 
     yield _Show(line, lambda text: print(text, flush=True))
     return
@@ -263,15 +267,22 @@ def _progress(first: int, steps: int) -> Iterator[_Show]:
     def advance(step: int, values: dict[str, float]) -> None:
       bar.update(task, completed=step)
       if "eval/loss" in values:
-        bar.console.print(f"step {step:,}  {_brief(values)}")
+        bar.console.print(f"step {step:,}  {brief(values, tasks)}")
       elif values:
-        bar.update(task, values=_brief(values))
+        bar.update(task, values=brief(values, tasks))
 
     yield _Show(advance, bar.console.print)
 
 
-def _brief(values: dict[str, float]) -> str:
-  """Returns the metrics that one watches, in a line."""
+def brief(values: Mapping[str, float], tasks: Sequence[str]) -> str:
+  """Returns the metrics that one watches, in a line.
+
+  The loss and accuracy without a name are those of the first task.
+
+  >>> values = {"eval/loss": 7.0, "eval/sentence_order_accuracy": 0.625}
+  >>> brief(values, ["masked", "sentence_order"])
+  'validation loss 7.000  sentence_order accuracy 62.5%'
+  """
   forms = {
     "train/loss": "loss {:.3f}",
     "train/accuracy": "accuracy {:.1%}",
@@ -282,5 +293,9 @@ def _brief(values: dict[str, float]) -> str:
     "eval/accuracy": "accuracy {:.1%}",
     "eval/unigram_entropy": "(unigram entropy {:.3f})",
   }
+  for task in tasks[1:]:
+    for kind in ("train", "eval"):
+      forms[f"{kind}/{task}_loss"] = task + " loss {:.3f}"
+      forms[f"{kind}/{task}_accuracy"] = task + " accuracy {:.1%}"
   shown = [form.format(values[k]) for k, form in forms.items() if k in values]
   return "  ".join(shown)

@@ -94,13 +94,14 @@ def add_up(sums: Sequence[Any]) -> Any:
 
 
 def means(
-  sums: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]
+  sums: Mapping[str, Mapping[str, float | tuple[float, float]]],
+  shares: Mapping[str, float],
 ) -> dict[str, float]:
   """Returns loss and accuracy of added-up sums.
 
   They are those of the first task, which asks for hidden tokens. Of several
   tasks each one's stand beside them by name, and `total_loss`, their weighted
-  sum, which is minimised.
+  sum, which is minimised. Where nothing was asked, a mean is NaN.
 
   Args:
     sums: See `objectives.Sums`.
@@ -112,11 +113,12 @@ def means(
   """
   each = {}
   for task in shares:
-    weight = sums[task]["weight"] or math.nan  # nothing was asked
     names = {"nll": "loss", "correct": "accuracy"}
     for name, value in sums[task].items():
       if name != "weight":
-        each[f"{task}_{names.get(name, name)}"] = value / weight
+        own = isinstance(value, tuple)
+        part, whole = value if own else (value, sums[task]["weight"])
+        each[f"{task}_{names.get(name, name)}"] = part / (whole or math.nan)
   first = next(iter(shares))
   values = {"loss": each[f"{first}_loss"]}
   values["accuracy"] = each[f"{first}_accuracy"]
@@ -124,6 +126,28 @@ def means(
     return values
   total = sum(share * each[f"{task}_loss"] for task, share in shares.items())
   return values | {"total_loss": total} | each
+
+
+def chance(task: str, values: Mapping[str, float]) -> dict[str, float]:
+  """Returns loss and accuracy of a task for one who knows no text.
+
+  Of pairs that is a coin; of ELECTRA's discriminator, the share of replaced
+  tokens alone. Empty for tasks whose labels aren't balanced by us.
+
+  Args:
+    task: Name of a task, one of `Objective.shares`.
+    values: Means of an evaluation, as of `means`.
+
+  >>> chance("sentence_order", {})
+  {'loss': 0.6931471805599453, 'accuracy': 0.5}
+  """
+  if task in ("next_sentence", "sentence_order"):
+    return {"loss": math.log(2), "accuracy": 0.5}
+  share = values.get("discriminator_replaced", math.nan)
+  if task != "discriminator" or not 0 < share < 1:
+    return {}
+  entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+  return {"loss": entropy, "accuracy": max(share, 1 - share)}
 
 
 class Writer(NamedTuple):

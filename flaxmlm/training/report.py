@@ -7,6 +7,7 @@ the page's own (`_COLORS`), so that they follow it from light to dark.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm.pages.page import SPECIAL, escape, join, write_page
+from flaxmlm.training.metrics import chance
 
 if TYPE_CHECKING:
   import numpy as np
@@ -93,6 +95,7 @@ def write(
   metrics: Sequence[Mapping[str, Any]],
   config: Mapping[str, Any],
   examples: Sequence[Mapping[str, Any]],
+  tasks: Sequence[str] = (),
 ) -> None:
   """Writes the page of a run, whole or not at all.
 
@@ -110,8 +113,16 @@ def write(
     examples: Rows with masks filled. `tokens`: the original row, as in the
       vocabulary. `slots`: places of the hidden tokens. `before`, `after`: for
       each slot the best guesses as (token, probability), best first; or empty.
+    tasks: What was asked besides the hidden tokens, by name in the metrics.
   """
-  keys = {key for plot in _PLOTS for key in plot.keys} | set(_EVALUATION)
+  plots = [*_PLOTS]
+  plots[2:2] = [plot for task in tasks for plot in _plots_of(task)]
+  columns = _EVALUATION | {
+    f"eval/{task}_{name}": f"{task} {name}"
+    for task in tasks
+    for name in ("loss", "accuracy")
+  }
+  keys = {key for plot in plots for key in plot.keys} | set(columns)
   curves = {key: _curve(metrics, key) for key in sorted(keys)}
   missing = _missing(metrics, curves)
   body = [
@@ -121,9 +132,9 @@ def write(
     *_facts(facts),
     "<h2>How it learned</h2>",
     '<div class="plots">',
-    *(_figure(plot, curves) for plot in _PLOTS),
+    *(_figure(plot, curves) for plot in plots),
     "</div>",
-    *_evaluations(curves),
+    *_evaluations(curves, columns),
     *_examples(examples),
     *_config(config),
   ]
@@ -419,13 +430,46 @@ _PLOTS = (
     100,
   ),
 )
-_EVALUATION = (
-  "eval/loss",
-  "eval/perplexity",
-  "eval/accuracy",
-  "eval/unigram_entropy",
-  "eval/uniform_entropy",
-)
+_EVALUATION = {
+  "eval/loss": "loss",
+  "eval/perplexity": "perplexity",
+  "eval/accuracy": "accuracy",
+  "eval/unigram_entropy": "unigram entropy",
+  "eval/uniform_entropy": "ln V",
+}
+
+
+def _plots_of(task: str) -> tuple[Plot, Plot]:
+  """Returns the plots of a task beside that of the hidden tokens."""
+  title = task.replace("_", " ").capitalize()
+
+  def draw(
+    name: str, scale: float, axes: Axes, curves: Mapping[str, Curve]
+  ) -> None:
+    _pair(axes, curves, f"train/{task}_{name}", f"eval/{task}_{name}")
+    shares = curves.get("eval/discriminator_replaced")
+    last = shares.finite[-1][1] / scale if shares and shares.finite else None
+    values = {} if last is None else {"discriminator_replaced": last}
+    known = chance(task, values).get(name)
+    if known is not None:
+      level = scale * known
+      axes.axhline(level, color=_MUTED, linewidth=1, dashes=(5, 3), zorder=2)
+      _label(axes, level, "without reading")
+
+  def keys(name: str) -> tuple[str, ...]:
+    share = ("eval/discriminator_replaced",) * (task == "discriminator")
+    return f"train/{task}_{name}", f"eval/{task}_{name}", *share
+
+  return (
+    Plot(title, "nats", keys("loss"), functools.partial(draw, "loss", 1.0)),
+    Plot(
+      title,
+      "% right",
+      keys("accuracy"),
+      functools.partial(draw, "accuracy", 100.0),
+      100,
+    ),
+  )
 
 
 def _figure(plot: Plot, curves: Mapping[str, Curve]) -> str:
@@ -526,20 +570,23 @@ def _facts(facts: Mapping[str, str]) -> list[str]:
   return [f'<h2>The run</h2><dl class="facts">{cells}</dl>']
 
 
-def _evaluations(curves: Mapping[str, Curve]) -> list[str]:
+def _evaluations(
+  curves: Mapping[str, Curve], names: Mapping[str, str]
+) -> list[str]:
   """Every evaluation as a table, folded: the numbers behind the plots."""
-  columns = [dict(zip(*curves[key], strict=True)) for key in _EVALUATION]
+  columns = [dict(zip(*curves[key], strict=True)) for key in names]
   steps = sorted(set().union(*columns))
   if not steps:
     return []
-  names = ("loss", "perplexity", "accuracy", "unigram entropy", "ln V")
-  head = "".join(f'<th scope="col">{name}</th>' for name in ("step", *names))
+  head = "".join(
+    f'<th scope="col">{escape(name)}</th>' for name in ("step", *names.values())
+  )
   rows = []
   for step in steps:
     cells = [f'<th scope="row">{step:,}</th>']
-    for key, column in zip(_EVALUATION, columns, strict=True):
+    for key, column in zip(names, columns, strict=True):
       value = column.get(step)
-      share = key == "eval/accuracy"
+      share = key.endswith("accuracy")
       cells.append(f"<td>{_number(value, share)}</td>")
     rows.append(f"<tr>{''.join(cells)}</tr>")
   return [
