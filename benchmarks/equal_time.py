@@ -2,12 +2,15 @@
 
   python -m benchmarks.equal_time [--minutes=N] [--seeds=N] [--json]
 
-configs/bert_mini.py (BERT 4x256) on real novels (see `report.data_folder`), a
-vocabulary of 8,192, one token store for all. Each objective's pace is measured
-first and gives the steps that fit; reading, compiling and evaluating are not
-counted. Then, of each seed:
+configs/bert_mini.py (BERT 4x256) on paragraphs of real novels (see
+`report.data_folder`), a vocabulary of 8,192, one token store for all; a
+fiftieth of the paragraphs is held out, so validation has the same novels. First
+the pace of each objective is measured, which gives the steps that fit; reading,
+compiling and evaluating are not counted, and the seconds of the steps that were
+done stand beside the figures. Rows of `next_sentence` and `sentence_order` hold
+a paragraph each and are less full than the others. Then, of each seed:
 
-- the objective's own figures on held-out documents;
+- the objective's own figure on held-out paragraphs;
 - the loss of 15 % of their tokens hidden by BERT's rule, the same for all; of
   ELECTRA that of its generator, under its own draw of the same kind;
 - accuracy on minimal pairs of BLiMP by pseudo-log-likelihood, the first 200 of
@@ -24,14 +27,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 from benchmarks import report
-from flaxmlm import config
 from flaxmlm.training import metrics
 
-PACE_STEPS = 60
 OBJECTIVES: dict[str, dict[str, Any]] = {
   "masked": {},
   "rate 0.4 to 0.15": {"objective.rate": 0.4, "objective.rate_end": 0.15},
@@ -44,16 +44,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
   },
   "replaced_token": {
     "objective.name": "replaced_token",
+    "objective.mask_share": 0.85,
+    "objective.random_share": 0.0,
     "model.family": "electra",
     "model.embedding_size": 128,
   },
   "next_sentence": {"objective.name": ("masked", "next_sentence")},
   "sentence_order": {"objective.name": ("masked", "sentence_order")},
 }
-# A document is a paragraph: of 45 whole novels, none could be held out.
+# Of whole novels one or two would be held out. Short paragraphs are dialogue,
+# of which no pair can be made.
 DATA = {
   "data.document": "paragraph",
   "data.cleaning.unwrap": True,
+  "data.cleaning.min_chars": 200,
   "tokenizer.vocab_size": 8192,
 }
 
@@ -74,87 +78,99 @@ def measure(args: Any, folder: str) -> None:
   novels, blimp = report.data_folder("novels"), report.data_folder("blimp")
   if novels is None or blimp is None:
     sys.exit("no novels/ or blimp/ in FLAXMLM_DATA")
-  keys = DATA | {"data.source": novels}
   store = os.path.join(folder, "store")
-  call("prepare", store, keys)
+  call("prepare", store, DATA | {"data.source": novels})
   minutes = 0.2 if args.quick else args.minutes
+  shared = DATA | {"data.store": store, "eval.rows": 2048}
+  chosen = {
+    name: shared | OBJECTIVES[name] for name in args.objective or OBJECTIVES
+  }
+  paces = {
+    name: measure_pace(os.path.join(folder, "pace", name), keys)
+    for name, keys in chosen.items()
+  }
   runs = []
-  for name in args.objective or OBJECTIVES:
-    own = OBJECTIVES[name] | {"data.store": store, "eval.rows": 2048}
-    steps = fit(os.path.join(folder, "pace", name), own, minutes)
-    for seed in range(1 if args.quick else args.seeds):
-      run = os.path.join(folder, f"{name}-{seed}-{steps}")
+  for seed in range(1 if args.quick else args.seeds):
+    for name, keys in chosen.items():
+      steps = max(10, round(60 * minutes / paces[name]))
+      run = os.path.join(folder, f"{name}, seed {seed}")
       found = os.path.join(run, "figures.json")
       if not os.path.exists(found):
-        figures = one(run, own | {"seed": seed, "train.steps": steps}, blimp)
-        with open(found, "w", encoding="utf-8") as file:
+        own = {"seed": seed, "train.steps": steps}
+        own["optimizer.warmup_steps"] = min(100, steps // 10)
+        figures = {"objective": name, "seed": seed} | one(
+          run, keys | own, blimp
+        )
+        with open(found + ".tmp", "w", encoding="utf-8") as file:
           json.dump(figures, file)
+        os.replace(found + ".tmp", found)
       with open(found, encoding="utf-8") as file:
-        runs.append({"objective": name, "seed": seed} | json.load(file))
-      report.table(runs[-1:])
-  report.table([mean(runs, name) for name in dict.fromkeys(names(runs))])
+        runs.append(json.load(file))
+      last = runs[-1].items()
+      report.table([{k: v for k, v in last if k != "values"}])
+  report.table([mean(runs, name) for name in chosen])
   report.finish(
     args,
     "equal_time",
-    {"minutes": minutes, "runs": runs},
+    {"minutes": minutes, "seconds_a_step": paces, "runs": runs},
     packages=["flaxmlm", "jax", "flax", "optax"],
   )
-
-
-def names(runs: list[dict[str, Any]]) -> list[str]:
-  """Returns the objective of each run."""
-  return [run["objective"] for run in runs]
 
 
 def mean(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
   """Returns an objective's means, each with half the range of its seeds."""
   own = [run for run in runs if run["objective"] == name]
-  row: dict[str, Any] = {"objective": name, "steps": own[0]["steps"]}
-  for figure in ("seconds", "own", "mlm_loss", "blimp"):
-    values = [run[figure] for run in own]
-    row[figure] = statistics.mean(values)
-    row["+-" + figure] = (max(values) - min(values)) / 2
+  row = {key: own[0][key] for key in ("objective", "steps", "figure")}
+  for key in ("seconds", "own", "mlm_loss", "blimp"):
+    values = [run[key] for run in own]
+    row[key] = statistics.mean(values)
+    row[f"{key} +-"] = (max(values) - min(values)) / 2
   return row
 
 
-def fit(run: str, keys: dict[str, Any], minutes: float) -> int:
-  """Returns the steps that an objective does in some minutes."""
-  path = os.path.join(run, "metrics.jsonl")
-  short = {"train.steps": PACE_STEPS, "log.every": PACE_STEPS // 3}
+def measure_pace(run: str, keys: dict[str, Any]) -> float:
+  """Returns the seconds of an objective's step, the median of some windows."""
   if not os.path.exists(os.path.join(run, "report.html")):
-    call("train", run, keys | short | {"eval.rows": 32})
-  speeds = [
-    line["train/tokens_per_second"]
-    for line in metrics.read(path)
+    short = {"train.steps": 120, "log.every": 20, "eval.rows": 32}
+    call("train", run, keys | short)
+  return statistics.median(seconds / 20 for seconds in windows(run)[1:])
+
+
+def windows(run: str) -> list[float]:
+  """Returns the seconds of training between the lines of a run's metrics."""
+  lines = [
+    line
+    for line in metrics.read(os.path.join(run, "metrics.jsonl"))
     if "train/tokens_per_second" in line
   ]
-  rows = config.load("configs/bert_mini.py")
-  tokens = rows.train.batch_size * rows.data.row_length
-  return round(60 * minutes * max(speeds) / tokens / 10) * 10
+  tokens = [0.0, *(line["train/tokens"] for line in lines)]
+  return [
+    (tokens[n + 1] - tokens[n]) / line["train/tokens_per_second"]
+    for n, line in enumerate(lines)
+  ]
 
 
 def one(run: str, keys: dict[str, Any], blimp: str) -> dict[str, Any]:
   """Trains, and returns the figures of the run."""
-  began = time.perf_counter()
   call("train", run, keys | {"eval.every": 0, "checkpoint.every": 0})
-  seconds = time.perf_counter() - began
   lines = metrics.read(os.path.join(run, "metrics.jsonl"))
   values = [line for line in lines if "eval/loss" in line][-1]
   name = keys.get("objective.name", "masked")
-  own, loss = values["eval/loss"], values["eval/loss"]
+  figure, loss = "loss", values["eval/loss"]
   if name == "replaced_token":
-    own = values["eval/discriminator_loss"]
-  elif isinstance(name, tuple):
-    own = values[f"eval/{name[-1]}_accuracy"]
-  if name != "replaced_token":
+    figure = "discriminator_loss"
+  else:
     masked = {"objective.name": "masked", "objective.rate": 0.15}
     masked |= {"objective.rate_end": None, "objective.span_boundary": False}
     loss = call("evaluate", run, masked, "--rows=2048")["eval/loss"]
+    if isinstance(name, tuple):
+      figure = f"{name[-1]}_accuracy"
   pairs = (f"--source={blimp}", "--task=blimp", "--rows=200")
   return {
     "steps": keys["train.steps"],
-    "seconds": seconds,
-    "own": own,
+    "seconds": sum(windows(run)),
+    "figure": figure,
+    "own": values[f"eval/{figure}"],
     "mlm_loss": loss,
     "blimp": call("evaluate", run, {}, *pairs)["accuracy"],
     "values": values,

@@ -11,15 +11,17 @@ the commonest label for labelled pairs. Of the discriminator's alarms, too, the
 share that is right stands beside that of replaced tokens.
 
 `sentence_pair` has labels of its own: of a docstring, its first paragraph and
-the rest, and whether that is about a class or anything else. Those of a single
-paragraph are left out there.
+the rest, and whether that is about a class or anything else, as many of the one
+as of the other. Left out are those of a single paragraph, and long ones.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -32,9 +34,10 @@ from flaxmlm.data import sources
 from flaxmlm.training import metrics
 
 STEPS = 700
+MOST = 350  # characters of a labelled pair
 # Many documents are a sentence, which is no pair. Whether two texts belong
 # together is a product of what either is about: from BERT's small parameters, a
-# small model doesn't find it for thousands of steps.
+# small model doesn't find it in a thousand steps.
 PAIRS = {
   "data.row_length": 128,
   "data.cleaning.min_chars": 200,
@@ -63,7 +66,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
   "sentence_order": PAIRS,
   "sentence_pair": {
     "data.pair_field": "second",
-    "data.validation_fraction": 0.2,
+    "data.row_length": 160,
+    "tokenizer.vocab_size": 1024,
+    "train.steps": 400,
+    "model.max_positions": 160,
     "model.init_stddev": 0.1,
     "objective.weights": (0.3, 1.0),
     "objective.labels": ("class", "other"),
@@ -99,10 +105,11 @@ def measure(name: str, *, quick: bool) -> list[dict[str, Any]]:
   commonest = 0.0
   with tempfile.TemporaryDirectory() as folder:
     if name == "sentence_pair":
-      keys["data.source"] = os.path.join(folder, "pairs.jsonl")
-      commonest = write_pairs(keys["data.source"])
+      files = [os.path.join(folder, f"{n}.jsonl") for n in ("train", "held")]
+      keys["data.source"], keys["data.validation_source"] = files
+      commonest = write_pairs(*files)
     if quick:
-      keys["train.steps"] = 20
+      keys |= {"train.steps": 20, "optimizer.warmup_steps": 5}
     run = os.path.join(folder, "run")
     begin = time.perf_counter()
     subprocess.run(
@@ -118,8 +125,7 @@ def measure(name: str, *, quick: bool) -> list[dict[str, Any]]:
     lines = metrics.read(os.path.join(run, "metrics.jsonl"))
   values = {
     key.removeprefix("eval/"): value
-    for line in lines
-    for key, value in line.items()
+    for key, value in lines[-1].items()
     if key.startswith("eval/")
   }
   ran = {"objective": name, "steps": keys["train.steps"], "seconds": seconds}
@@ -134,12 +140,12 @@ def measure(name: str, *, quick: bool) -> list[dict[str, Any]]:
     chance = metrics.chance(task, values).get(figure, commonest)
     row = {"asked": task, "figure": figure, "chance": chance}
     if task == "span_boundary":
-      row = {"asked": task} | unigram
+      row |= unigram
     row["reached"] = values[f"{task}_{row['figure']}"]
     found.append(ran | row | {"targets": values[f"{task}_targets"]})
-    if task == "discriminator":
-      share = values["discriminator_replaced"]
-      precision = values["discriminator_precision"]
+    share = values.get("discriminator_replaced")
+    precision = values.get("discriminator_precision")
+    if task == "discriminator" and precision:
       hits = share * values["discriminator_recall"] * found[-1]["targets"]
       row = {"asked": "its alarms", "figure": "precision", "chance": share}
       row |= {"reached": precision, "targets": round(hits / precision)}
@@ -154,19 +160,29 @@ def measure(name: str, *, quick: bool) -> list[dict[str, Any]]:
   return found
 
 
-def write_pairs(path: str) -> float:
-  """Writes labelled pairs made of docstrings; returns the larger share."""
-  counts = {"class": 0, "other": 0}
-  with open(path, "w", encoding="utf-8") as file:
-    for document in sources.read(["embedded"]):
-      first, _, rest = document.text.partition("\n\n")
-      if rest and "topics." not in document.where:
-        last = document.where.rpartition(".")[2]
-        label = "class" if last[:1].isupper() else "other"
-        counts[label] += 1
-        pair = {"text": first, "second": rest, "label": label}
-        file.write(json.dumps(pair) + "\n")
-  return max(counts.values()) / sum(counts.values())
+def write_pairs(train: str, held_out: str) -> float:
+  """Writes labelled pairs, as many of a class as of other things.
+
+  Returns:
+    The larger share of the labels in the third that is held out.
+  """
+  found: dict[str, list[Any]] = {"class": [], "other": []}
+  for document in sources.read(["embedded"]):
+    first, _, rest = document.text.partition("\n\n")
+    if rest and len(document.text) <= MOST and "topics." not in document.where:
+      last = document.where.rpartition(".")[2]
+      label = "class" if last[:1].isupper() else "other"
+      pair = {"text": first, "second": rest, "label": label}
+      found[label].append(pair)
+  draw = random.Random(0)
+  pairs = [*found["class"], *draw.sample(found["other"], len(found["class"]))]
+  draw.shuffle(pairs)
+  border = len(pairs) // 3
+  for path, some in ((held_out, pairs[:border]), (train, pairs[border:])):
+    with open(path, "w", encoding="utf-8") as file:
+      file.writelines(json.dumps(pair) + "\n" for pair in some)
+  counts = collections.Counter(pair["label"] for pair in pairs[:border])
+  return max(counts.values()) / border
 
 
 if __name__ == "__main__":

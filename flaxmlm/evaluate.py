@@ -196,8 +196,9 @@ def measure_masked(args: argparse.Namespace, c: ConfigDict) -> None:
     f"{args.workdir}{seen} on {args.source or 'its validation split'}:"
     f" {rows_used:,} rows"
   )
+  width = max(map(len, values)) - len("eval/")
   for name, value in values.items():
-    print(f"{name.removeprefix('eval/'):>18}  {value:,.4f}")
+    print(f"{name.removeprefix('eval/'):>{width}}  {value:,.4f}")
   step = {"step": m.step} if is_run else {}
   write_json(args.json, step | {"rows": rows_used} | values)
 

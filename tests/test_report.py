@@ -188,9 +188,11 @@ def test_what_else_is_asked_has_plots_beside_chance(tmp_path):
   assert Outline(text).count("svg") == 6 + 2 * 3
   assert "Missing or not finite" not in text
   # -0.15 ln 0.15 - 0.85 ln 0.85, all called true; ln 2, a coin.
-  levels = re.findall(r">without reading: ([\d.]+)</text>", text)
+  levels = re.findall(r">chance: ([\d.]+)</text>", text)
   assert levels == ["0.42", "85.00", "0.69", "50.00"]
   assert '<th scope="col">sentence_pair accuracy</th>' in text
+  names = re.findall(r'\bid="([^"]*)"', text)
+  assert len(names) == len(set(names))
 
 
 def test_gradient_norm_is_logarithmic_where_it_spans(tmp_path):

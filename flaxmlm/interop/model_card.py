@@ -12,20 +12,12 @@ _EVAL = {
   "eval/unigram_entropy": "loss of the token frequencies alone",
   "eval/uniform_entropy": "loss of a uniform guess, ln V",
 }
-# What is asked besides hidden tokens, each with a loss and an accuracy.
-_TASKS = (
-  "span_boundary",
-  "next_sentence",
-  "sentence_order",
-  "sentence_pair",
-  "discriminator",
-)
-_EVAL |= {
-  f"eval/{task}_{name}": f"{task}: {name}"
-  for task in _TASKS
-  for name in ("loss", "accuracy")
+# What is known of each other question, whose name stands before these.
+_OTHERS = {
+  "loss": "loss",
+  "accuracy": "accuracy",
+  "replaced": "share of replaced tokens",
 }
-_EVAL["eval/discriminator_replaced"] = "discriminator: share of replaced tokens"
 
 
 class Phase(NamedTuple):
@@ -133,8 +125,13 @@ def _evaluation(phase: Phase, of: str) -> list[str]:
   if not evals:
     return []
   last = evals[-1]
+  labels = _EVAL | {
+    f"{task}_{name}": f"{task.removeprefix('eval/')}: {label}"
+    for task in (k.removesuffix("_targets") for k in last if "_targets" in k)
+    for name, label in _OTHERS.items()
+  }
   shown = {
-    label: f"{last[key]:.4g}" for key, label in _EVAL.items() if key in last
+    label: f"{last[key]:.4g}" for key, label in labels.items() if key in last
   }
   return [
     *("", f"## Evaluation{of}", ""),

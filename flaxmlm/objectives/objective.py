@@ -103,9 +103,9 @@ class Objective(NamedTuple):
       so it is the same on any mesh, in any micro-batch, after any restart.
     run: `(model, params, example, dropout_keys) -> (hidden [B L D], sums)`.
       Each task has `nll` (what is minimised), `weight` (what it is divided by),
-      `correct`, and what else is worth a mean; a mean over less than the whole
-      weight brings its own, as a tuple. They are sums over rows, never means,
-      so that those of parts of a batch add up to those of the whole.
+      `correct`, and what else is worth a mean, as a tuple (sum, weight) where
+      its weight is another. They are sums over rows, never means, so that those
+      of parts of a batch add up to those of the whole.
       Without dropout keys there is no dropout.
     weigh: `example -> {task: weight}`: each `weight` of `run`, before it runs.
     predict: `(model, params, example) -> logits [B M V]`, without dropout.

@@ -101,7 +101,8 @@ def means(
 
   They are those of the first task, which asks for hidden tokens. Of several
   tasks each one's stand beside them by name, and `total_loss`, their weighted
-  sum, which is minimised. Where nothing was asked, a mean is NaN.
+  sum, which is minimised. Where a task asked nothing, its means are NaN; a mean
+  with a weight of its own is left out where that is 0.
 
   Args:
     sums: See `objectives.Sums`.
@@ -118,7 +119,8 @@ def means(
       if name != "weight":
         own = isinstance(value, tuple)
         part, whole = value if own else (value, sums[task]["weight"])
-        each[f"{task}_{names.get(name, name)}"] = part / (whole or math.nan)
+        if whole or not own:
+          each[f"{task}_{names.get(name, name)}"] = part / (whole or math.nan)
   first = next(iter(shares))
   values = {"loss": each[f"{first}_loss"]}
   values["accuracy"] = each[f"{first}_accuracy"]
@@ -129,10 +131,11 @@ def means(
 
 
 def chance(task: str, values: Mapping[str, float]) -> dict[str, float]:
-  """Returns loss and accuracy of a task for one who knows no text.
+  """Returns loss and accuracy of a task for one who reads no text.
 
-  Of pairs that is a coin; of ELECTRA's discriminator, the share of replaced
-  tokens alone. Empty for tasks whose labels aren't balanced by us.
+  Of sentences that is a coin; of ELECTRA's discriminator, the share of replaced
+  tokens alone; of a span's tokens their frequencies, a loss. Empty for labelled
+  pairs, whose shares aren't known here.
 
   Args:
     task: Name of a task, one of `Objective.shares`.
@@ -143,6 +146,8 @@ def chance(task: str, values: Mapping[str, float]) -> dict[str, float]:
   """
   if task in ("next_sentence", "sentence_order"):
     return {"loss": math.log(2), "accuracy": 0.5}
+  if task == "span_boundary" and "unigram_entropy" in values:
+    return {"loss": values["unigram_entropy"]}
   share = values.get("discriminator_replaced", math.nan)
   if task != "discriminator" or not 0 < share < 1:
     return {}

@@ -115,8 +115,17 @@ def write(
       each slot the best guesses as (token, probability), best first; or empty.
     tasks: What was asked besides the hidden tokens, by name in the metrics.
   """
+  # Of the last evaluation, by names without eval/.
+  last = {
+    key.removeprefix("eval/"): float(value)
+    for line in metrics
+    for key, value in line.items()
+    if key.startswith("eval/") and value is not None
+  }
   plots = [*_PLOTS]
-  plots[2:2] = [plot for task in tasks for plot in _plots_of(task)]
+  plots[2:2] = [
+    plot for task in tasks for plot in _plots_of(task, chance(task, last))
+  ]
   columns = _EVALUATION | {
     f"eval/{task}_{name}": f"{task} {name}"
     for task in tasks
@@ -439,36 +448,29 @@ _EVALUATION = {
 }
 
 
-def _plots_of(task: str) -> tuple[Plot, Plot]:
-  """Returns the plots of a task beside that of the hidden tokens."""
-  title = task.replace("_", " ").capitalize()
+def _plots_of(task: str, known: Mapping[str, float]) -> tuple[Plot, Plot]:
+  """Returns the plots of a task beside that of the hidden tokens.
 
-  def draw(
-    name: str, scale: float, axes: Axes, curves: Mapping[str, Curve]
-  ) -> None:
-    _pair(axes, curves, f"train/{task}_{name}", f"eval/{task}_{name}")
-    shares = curves.get("eval/discriminator_replaced")
-    last = shares.finite[-1][1] / scale if shares and shares.finite else None
-    values = {} if last is None else {"discriminator_replaced": last}
-    known = chance(task, values).get(name)
-    if known is not None:
-      level = scale * known
+  Args:
+    task: Its name in the metrics.
+    known: Its loss and accuracy by chance, as far as they are known.
+  """
+
+  def draw(name: str, axes: Axes, curves: Mapping[str, Curve]) -> None:
+    _pair(axes, curves, *keys(name))
+    if name in known:
+      level = known[name] * (100 if name == "accuracy" else 1)
       axes.axhline(level, color=_MUTED, linewidth=1, dashes=(5, 3), zorder=2)
-      _label(axes, level, "without reading")
+      _label(axes, level, "chance")
 
-  def keys(name: str) -> tuple[str, ...]:
-    share = ("eval/discriminator_replaced",) * (task == "discriminator")
-    return f"train/{task}_{name}", f"eval/{task}_{name}", *share
+  def keys(name: str) -> tuple[str, str]:
+    return f"train/{task}_{name}", f"eval/{task}_{name}"
 
+  title = task.replace("_", " ").capitalize()
+  loss, accuracy = (functools.partial(draw, n) for n in ("loss", "accuracy"))
   return (
-    Plot(title, "nats", keys("loss"), functools.partial(draw, "loss", 1.0)),
-    Plot(
-      title,
-      "% right",
-      keys("accuracy"),
-      functools.partial(draw, "accuracy", 100.0),
-      100,
-    ),
+    Plot(f"{title}: loss", "nats", keys("loss"), loss),
+    Plot(f"{title}: accuracy", "%", keys("accuracy"), accuracy, 100),
   )
 
 
