@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import hashlib
 import os
 import pathlib
@@ -333,7 +332,3 @@ def test_fingerprint_is_the_same_everywhere():
   assert cleaning.fingerprint("Grüße") == int.from_bytes(digest, "little")
   assert 0 <= cleaning.fingerprint("") < 2**64
   assert cleaning.fingerprint("\ud800") != cleaning.fingerprint("\ud801")
-
-
-def test_examples_in_the_docstrings():
-  assert doctest.testmod(cleaning).failed == 0

@@ -1,6 +1,8 @@
 """The house: imports only go down, and help needs no JAX."""
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 
@@ -23,6 +25,9 @@ FLOORS = {
   },
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}
+EXAMPLES = [
+  path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text()
+]
 PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask", "export"]
 
 
@@ -56,6 +61,14 @@ def test_every_folder_has_its_floor():
 def test_the_step_knows_neither_data_nor_checkpoints():
   for name in imports(PACKAGE / "training" / "step.py"):
     assert any(name.startswith(known) for known in STEP_KNOWS), name
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES), ids=lambda path: path.stem)
+def test_the_examples_in_the_docstrings(path):
+  name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+  module = importlib.import_module(name.removesuffix(".__init__"))
+  found = doctest.testmod(module)
+  assert found.attempted > 0 == found.failed
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

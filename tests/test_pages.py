@@ -1,10 +1,8 @@
 """What pages have in common: tokens as the text they were, harmless text."""
 
-import doctest
-
 import pytest
 
-from flaxmlm.pages import page, rows
+from flaxmlm.pages import page
 
 
 @pytest.mark.parametrize(
@@ -36,8 +34,3 @@ def test_what_no_page_can_hold_is_replaced(tmp_path):
   assert "<title>a\ufffd\ufffd\ufffd\tb\n\u200c</title>" in path.read_text(
     encoding="utf-8"
   )
-
-
-@pytest.mark.parametrize("module", [page, rows])
-def test_the_examples_in_the_docstrings(module):
-  assert doctest.testmod(module).failed == 0

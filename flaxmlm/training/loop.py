@@ -201,7 +201,7 @@ def perplexity(loss: float) -> float:
 def clock(seconds: float) -> str:
   """Returns a duration for people.
 
-  >>> clock(59), clock(61), clock(3661), clock(90061)
+  >>> clock(59.0), clock(61.0), clock(3661.0), clock(90061.0)
   ('59 s', '1 min 1 s', '1 h 1 min', '25 h 1 min')
   """
   seconds = max(int(seconds), 0)
