@@ -36,8 +36,8 @@ from flaxmlm.training import metrics
 STEPS = 700
 MOST = 350  # characters of a labelled pair
 # Many documents are a sentence, which is no pair. Whether two texts belong
-# together is a product of what either is about: from BERT's small parameters, a
-# small model doesn't find it in a thousand steps.
+# together is a product of what either is about: from small first parameters, it
+# is found late.
 PAIRS = {
   "data.row_length": 128,
   "data.cleaning.min_chars": 200,
@@ -136,12 +136,11 @@ def measure(name: str, *, quick: bool) -> list[dict[str, Any]]:
     key.removesuffix("_targets") for key in values if key.endswith("_targets")
   ]
   for task in tasks:
-    figure = "loss" if task == "discriminator" else "accuracy"
+    losses = ("discriminator", "span_boundary")
+    figure = "loss" if task in losses else "accuracy"
     chance = metrics.chance(task, values).get(figure, commonest)
     row = {"asked": task, "figure": figure, "chance": chance}
-    if task == "span_boundary":
-      row |= unigram
-    row["reached"] = values[f"{task}_{row['figure']}"]
+    row["reached"] = values[f"{task}_{figure}"]
     found.append(ran | row | {"targets": values[f"{task}_targets"]})
     share = values.get("discriminator_replaced")
     precision = values.get("discriminator_precision")
