@@ -706,9 +706,14 @@ def _validate_mesh(
 
 
 def _emulated_devices() -> int | None:
+  """Returns the CPU devices that the environment asks for, in all processes."""
   flags = os.environ.get("XLA_FLAGS", "")
   match = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
-  return int(match[1]) if match else None
+  count = os.environ.get("JAX_NUM_CPU_DEVICES", match and match[1])
+  processes = os.environ.get("JAX_NUM_PROCESSES", "1")
+  if count is None or not (count + processes).isdecimal():
+    return None
+  return int(count) * int(processes)
 
 
 def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -1048,7 +1053,10 @@ def run(main: Callable[[], None]) -> None:
     main()
     sys.stdout.flush()
   except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+      sys.stdout.flush()
+      os._exit(2)  # a proper end would wait for the other processes
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)

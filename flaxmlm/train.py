@@ -8,6 +8,7 @@ another run (docs/continue.md).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import itertools
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
-from flaxmlm.training import memory
+from flaxmlm.training import hosts, memory
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
@@ -37,7 +38,12 @@ def main(argv: list[str] | None = None) -> None:
   began = time.perf_counter()
   args, c = config.parse(config.parser(__doc__), argv)
   workdir = os.path.abspath(args.workdir)
-  lock = claim_workdir(workdir, c)
+  process, processes = hosts.join()
+  if process == 0:
+    lock = claim_workdir(workdir, c)
+  else:  # the first one writes, and the others find it there
+    hosts.wait("the data", processes)
+    check_shared(workdir, c)
   held = None
   if c.train.continue_from is not None and newest_step(workdir) is None:
     held = hold_run(c.train.continue_from)
@@ -48,9 +54,11 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm import tokenizers
   from flaxmlm.data import batches
 
-  claim_store(workdir, store)
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
-  tokenizer.save(os.path.join(workdir, "tokenizer"))
+  if process == 0:
+    claim_store(workdir, store)
+    tokenizer.save(os.path.join(workdir, "tokenizer"))
+    hosts.wait("the data", processes)
   if validation.rows == 0:
     raise InputError(
       f"{store.folder} has no validation document; make another store with a"
@@ -83,12 +91,13 @@ def main(argv: list[str] | None = None) -> None:
   )
 
   config.validate(c, devices=jax.device_count())
+  hosts.check_alike({"the store": store.hash, "JAX": jax.__version__})
 
   # The runs that this one goes on from, and itself.
   run = c.train.continue_from
   begun = chain.newest_step(workdir) is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
-  if not begun:
+  if process == 0 and not begun:
     chain.write_chain(workdir, [*before, phase])
 
   # The parts.
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
   guess_step = make_guess_step(
     model, objective, mesh=mesh, params_sharding=state_sharding.params
   )
-  shard = (jax.process_index(), jax.process_count())
+  shard = sharding.row_shard(mesh)
   others = config.wants_others(c)
 
   def put(batch: batches.HostBatch) -> Batch:
@@ -196,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     "peak": "unknown device, no MFU"
     if peak is None
     else f"{peak.flops / 1e12:,.3g} TFLOP/s ({peak.source})",
-    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    + (f" of {processes} processes" if processes > 1 else ""),
     "mesh": " x ".join(f"{n} {size}" for n, size in mesh.shape.items()),
     "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
   }
@@ -235,14 +245,18 @@ def main(argv: list[str] | None = None) -> None:
   first_guesses = []
   if not begun:
     first_guesses = guesses(state.params)
-    write_text(examples_path, json.dumps(first_guesses))
+    if process == 0:
+      write_text(examples_path, json.dumps(first_guesses))
   elif os.path.exists(examples_path):
     with open(examples_path, encoding="utf-8") as file:
       first_guesses = json.load(file)
 
-  with metrics.open_writer(
-    workdir, step=int(state.step), first=phase.first_step
-  ) as writer:
+  with contextlib.ExitStack() as stack:
+    write = metrics.discard
+    if process == 0:
+      step = int(state.step)
+      writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
+      write = stack.enter_context(writer).write
     state = loop.run(
       state,
       step_key,
@@ -250,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
       batch_at=batch_at,
       evaluate=evaluate,
       save=lambda state: checkpoints.save(checkpointer, state),
-      write=writer.write,
+      write=write,
+      vote=hosts.make_vote(),
       schedule=loop.Schedule(
         steps=c.train.steps,
         log_every=c.log.every,
@@ -271,19 +286,22 @@ def main(argv: list[str] | None = None) -> None:
   # The page, and what to do next.
   after = guesses(state.params)
   page = os.path.join(workdir, "report.html")
-  report.write(
-    page,
-    title=os.path.basename(workdir),
-    facts=facts,
-    metrics=metrics.read(os.path.join(workdir, "metrics.jsonl")),
-    config=config.to_flat(c),
-    tasks=list(objective.shares)[1:],
-    examples=[
-      new | {"before": old.get("guesses", []), "after": new["guesses"]}
-      for old, new in itertools.zip_longest(first_guesses, after, fillvalue={})
-    ],
-  )
-  lock.close()
+  if process == 0:
+    both = itertools.zip_longest(first_guesses, after, fillvalue={})
+    report.write(
+      page,
+      title=os.path.basename(workdir),
+      facts=facts,
+      metrics=metrics.read(os.path.join(workdir, "metrics.jsonl")),
+      config=config.to_flat(c),
+      tasks=list(objective.shares)[1:],
+      examples=[
+        new | {"before": old.get("guesses", []), "after": new["guesses"]}
+        for old, new in both
+      ],
+    )
+    lock.close()
+  hosts.wait("the end", processes)
   print(f"\nreport: {page}")
   if int(state.step) < c.train.steps:
     print(
@@ -343,6 +361,16 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
   except OSError as error:
     raise InputError(f"--workdir={workdir}: {error.strerror}") from error
   return lock
+
+
+def check_shared(workdir: str, c: ConfigDict) -> None:
+  """Raises InputError if the first process's workdir isn't seen from here."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path) or config.differences(config.from_json(path), c):
+    raise InputError(
+      f"--workdir={workdir} isn't the folder that the first process writes to,"
+      " or that has another config; take one on a disk that all of them see"
+    )
 
 
 def claim_store(workdir: str, store: TokenStore) -> None:
