@@ -768,6 +768,7 @@ def parse(
   argv: Sequence[str] | None = None,
   *,
   huggingface: bool = False,
+  sources: bool = True,
 ) -> tuple[argparse.Namespace, ConfigDict]:
   """Returns a program's arguments and its config, checked and validated.
 
@@ -780,6 +781,7 @@ def parse(
     huggingface: Whether the workdir may be a Hugging Face folder. The keys of
       the model are those of the folder then, the tokenizer is the one there,
       and the other keys are at their defaults where nothing sets them.
+    sources: Whether the text must be there, unless its store is.
 
   Raises:
     InputError: See `load` and `validate`.
@@ -821,7 +823,8 @@ def parse(
   if None not in outs and len(set(map(os.path.realpath, outs))) == 1:
     raise InputError(f"--json and --html are one file, {outs[0]}; name another")
   made = os.path.join(workdir, "store", "manifest.json")
-  validate(config, sources=not (workdir and (given or os.path.exists(made))))
+  there = bool(workdir) and (given is not None or os.path.exists(made))
+  validate(config, sources=sources and not there)
   if args.print_config:
     sys.exit(0)
   return args, config

@@ -16,18 +16,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
 from flaxmlm.training import hosts, memory
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
+  from jax.sharding import Mesh
   from ml_collections import ConfigDict
 
   from flaxmlm.data.rows import RowPlan
   from flaxmlm.data.store import TokenStore
+  from flaxmlm.models.model import Model
+  from flaxmlm.objectives import Objective
+  from flaxmlm.training.step import State, TrainStep
 
 
 _LONGEST_WORD = 12  # tokens on average; longer ones are no words
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
   import jax
   import numpy as np
 
-  from flaxmlm import models, objectives
+  from flaxmlm import objectives
   from flaxmlm.inference.starting import continue_from, start_from
   from flaxmlm.models.model import count_parameters
   from flaxmlm.objectives import Batch, as_batch
@@ -77,15 +81,12 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints,
     loop,
     metrics,
-    optimizers,
     report,
     sharding,
   )
   from flaxmlm.training.step import (
     make_eval_step,
     make_guess_step,
-    make_init,
-    make_train_step,
     run_keys,
     state_shapes,
   )
@@ -103,25 +104,8 @@ def main(argv: list[str] | None = None) -> None:
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
   mesh = sharding.make_mesh(**c.mesh)
-  model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
-  objective = objectives.build(
-    c.objective, row_length=L, vocab=store.vocab, steps=c.train.steps
-  )
-  optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
-  init_params = functools.partial(
-    objectives.init_params, model=model, options=c.objective
-  )
-  init, state_sharding = make_init(init_params, optimizer, mesh)
-  train_step = make_train_step(
-    model,
-    objective,
-    optimizer,
-    optimizers.make_schedule(
-      c.optimizer, steps=c.train.steps, peak=c.optimizer.peak_lr
-    ),
-    mesh=mesh,
-    state_sharding=state_sharding,
-    microbatches=c.train.microbatches,
+  model, objective, init, state_sharding, train_step = make_parts(
+    c, store.vocab, mesh
   )
   log_unigram = metrics.log_unigram(
     store.counts, objectives.special_ids(store.vocab)
@@ -311,6 +295,53 @@ def main(argv: list[str] | None = None) -> None:
     return
   print(f"done in {loop.clock(time.perf_counter() - began)}; try it:")
   print(f"  python -m flaxmlm.fill_mask --workdir={args.workdir}")
+
+
+class Parts(NamedTuple):
+  """What training is made of, apart from the data; see `make_parts`."""
+
+  model: Model
+  objective: Objective
+  init: Callable[..., State]
+  state_sharding: Any
+  train_step: TrainStep
+
+
+def make_parts(c: ConfigDict, vocab: Mapping[str, Any], mesh: Mesh) -> Parts:
+  """Returns model, objective and train step of a config, on a mesh.
+
+  Args:
+    c: The config.
+    vocab: See `objectives.build`.
+    mesh: Of `sharding.make_mesh`; its devices may be none of this machine's.
+  """
+  from flaxmlm import models, objectives
+  from flaxmlm.training import optimizers
+  from flaxmlm.training.step import make_init, make_train_step
+
+  steps = c.train.steps
+  model = models.build(c.model, vocab_size=vocab["size"], dtype=c.train.dtype)
+  objective = objectives.build(
+    c.objective, row_length=c.data.row_length, vocab=vocab, steps=steps
+  )
+  optimizer = optimizers.make_optimizer(c.optimizer, steps=steps)
+  schedule = optimizers.make_schedule(
+    c.optimizer, steps=steps, peak=c.optimizer.peak_lr
+  )
+  init_params = functools.partial(
+    objectives.init_params, model=model, options=c.objective
+  )
+  init, state_sharding = make_init(init_params, optimizer, mesh)
+  train_step = make_train_step(
+    model,
+    objective,
+    optimizer,
+    schedule,
+    mesh=mesh,
+    state_sharding=state_sharding,
+    microbatches=c.train.microbatches,
+  )
+  return Parts(model, objective, init, state_sharding, train_step)
 
 
 def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
