@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
+from flaxmlm.storage import remote
 from flaxmlm.training import hosts, memory
 from flaxmlm.training.chain import newest_step
 
@@ -41,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
   """Trains a model in a workdir."""
   began = time.perf_counter()
   args, c = config.parse(config.parser(__doc__), argv)
-  workdir = os.path.abspath(args.workdir)
   process, processes = hosts.join()
+  workdir = os.path.abspath(args.workdir)
+  push = remote.make_push(workdir)
   if process == 0:
     lock = claim_workdir(workdir, c)
   else:  # the first one writes, and the others find it there
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
   if process == 0:
     claim_store(workdir, store)
     tokenizer.save(os.path.join(workdir, "tokenizer"))
+    push()
     hosts.wait("the data", processes)
   if validation.rows == 0:
     raise InputError(
@@ -166,6 +169,11 @@ def main(argv: list[str] | None = None) -> None:
     shown = jax.device_get(guess_step(params, put(batch)))
     return report.guesses(*shown, tokens=tokenizer.tokens)
 
+  def save(state: State) -> None:
+    checkpoints.save(checkpointer, state)
+    if process == 0:
+      push()
+
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
   shapes = state_shapes(init, state_sharding)
@@ -205,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
 
   examples_path = os.path.join(workdir, "examples.json")
   checkpointer = checkpoints.open_folder(
-    os.path.join(workdir, "checkpoints"), keep=c.checkpoint.keep
+    remote.checkpoints(workdir), keep=c.checkpoint.keep
   )
   state = checkpoints.restore(checkpointer, shapes)
   if state is not None:
@@ -247,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
       train_step=train_step,
       batch_at=batch_at,
       evaluate=evaluate,
-      save=lambda state: checkpoints.save(checkpointer, state),
+      save=save,
       write=write,
       vote=hosts.make_vote(),
       schedule=loop.Schedule(
@@ -284,8 +292,10 @@ def main(argv: list[str] | None = None) -> None:
         for old, new in both
       ],
     )
+    push()
     lock.close()
   hosts.wait("the end", processes)
+  args.workdir = remote.origin(workdir) or args.workdir
   print(f"\nreport: {page}")
   if int(state.step) < c.train.steps:
     print(
@@ -396,11 +406,15 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
 
 def check_shared(workdir: str, c: ConfigDict) -> None:
   """Raises InputError if the first process's workdir isn't seen from here."""
+  url = remote.origin(workdir)
+  if url is not None:
+    workdir = remote.localize(url)
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path) or config.differences(config.from_json(path), c):
     raise InputError(
-      f"--workdir={workdir} isn't the folder that the first process writes to,"
-      " or that has another config; take one on a disk that all of them see"
+      f"--workdir={url or workdir} isn't the folder that the first process"
+      " writes to, or that has another config; take one on a disk that all of"
+      " them see"
     )
 
 
@@ -501,13 +515,17 @@ def open_data(
   from flaxmlm import prepare
   from flaxmlm.data.store import open_store
 
-  own = os.path.join(workdir, "store")
+  own, url = os.path.join(workdir, "store"), remote.origin(workdir)
   if c.data.store is not None:
     store = open_store(c.data.store)
+  elif url is not None and "manifest.json" in remote.list_names(f"{url}/store"):
+    store = open_store(f"{url}/store")
   elif newest_step(workdir) is not None:
     store = open_store(own)
   else:
     store = prepare.prepare_store(c, own)
+    if url is not None:
+      remote.push_store(own, f"{url}/store")
   spec = store.manifest["spec"]
   if c.data.store is not None:
     check_spec(spec, c)

@@ -13,16 +13,17 @@ PACKAGE = ROOT / "flaxmlm"
 # Each floor may import those that are listed, and itself.
 FLOORS = {
   "tokenizers": set(),
-  "data": set(),
+  "storage": set(),
+  "data": {"storage"},
   "models": set(),
   "objectives": {"models"},
   "pages": {"tokenizers"},
   "planning": {"training"},
-  "training": {"models", "objectives", "pages"},
+  "training": {"models", "objectives", "pages", "storage"},
   "interop": {"models"},
   "inference": {
     *("tokenizers", "models", "objectives", "training", "interop"),
-    "config",
+    *("config", "storage"),
   },
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}

@@ -34,6 +34,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from flaxmlm import InputError
+from flaxmlm.storage import remote
 
 WORD_START = 1
 SENTENCE_START = 2
@@ -93,10 +94,14 @@ def id_dtype(vocab_size: int) -> np.dtype:
 def open_store(folder: str) -> TokenStore:
   """Opens a store; nothing but its manifest and counts is read into memory.
 
+  One in a bucket is copied here first, see `remote.fetch`.
+
   Raises:
     InputError: There is no store, it is of another version, or a file is
       missing or of the wrong size.
   """
+  if remote.is_remote(folder):
+    folder = remote.fetch(folder)
   manifest, digest = read_manifest(folder)
   for name, facts in manifest["files"].items():
     file = os.path.join(folder, name)

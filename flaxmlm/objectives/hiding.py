@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from flaxmlm.models.lean import take
 from flaxmlm.models.model import Inputs, Model, Params
 from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.objectives.objective import (
@@ -229,8 +230,7 @@ def predict_slots(
   example: Example,
 ) -> Float[Array, "B M V"]:
   """Returns the logits at the slots: no others are ever computed."""
-  slots = example.slots[..., None]
-  return model.predict(params, jnp.take_along_axis(hidden, slots, axis=1))
+  return model.predict(params, take(hidden, example.slots))
 
 
 def add_up(
