@@ -50,38 +50,35 @@ def main() -> None:
   few = args.quick
   found: dict[str, list[dict[str, Any]]] = {}
   found["devices"] = [
-    run("step", devices=devices, mesh=mesh)[0]
+    run("step", devices=devices, mesh=mesh)
     for devices, mesh in MESHES[: 2 if few else None]
   ]
   report.table(found["devices"])
   found["processes"] = [
-    run("step", devices=8, mesh={}, processes=count)[0] for count in (1, 2)
+    run("step", devices=8, mesh={}, processes=count) for count in (1, 2)
   ]
   report.table(found["processes"])
   found["compiling"] = [
-    run("step", devices=devices, mesh={}, layers=layers, steps=0)[0]
+    run("step", devices=devices, mesh={}, layers=layers, steps=0)
     for layers in ((2,) if few else (2, 4, 8, 12))
     for devices in (1, 8)
   ]
   report.table(found["compiling"])
-  found["input"] = run("read", tokens=TOKENS // (100 if few else 1))[0]
+  found["input"] = run("read", tokens=TOKENS // (100 if few else 1))
   report.table(found["input"])
-  found["rows"] = [run("plan", documents=DOCUMENTS // (100 if few else 1))[0]]
+  found["rows"] = [run("plan", documents=DOCUMENTS // (100 if few else 1))]
   report.table(found["rows"])
   report.finish(args, "scaling", found, packages=["flaxmlm", "jax", "numpy"])
 
 
-def run(name: str, **given: Any) -> list[Any]:
-  """Runs a measurement in processes of its own; returns what each says."""
-  count = given.pop("processes", 1)
-  devices = given.get("devices", 1)
+def run(name: str, **given: Any) -> Any:
+  """Runs a measurement in processes of its own; returns what it says."""
+  count, devices = given.get("processes", 1), given.get("devices", 1)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   command = [sys.executable, "-m", "benchmarks.scaling", "--child"]
-  command.append(
-    json.dumps([name, given | ({"processes": count} if name == "step" else {})])
-  )
+  command.append(json.dumps([name, given]))
   children = []
   for number in range(count):
     keys = {"JAX_PLATFORMS": "cpu"}
@@ -96,13 +93,13 @@ def run(name: str, **given: Any) -> list[Any]:
   said = [child.communicate()[0].decode() for child in children]
   if any(child.returncode for child in children):
     sys.exit(f"{name} {given}: failed")
-  return [json.loads(text.splitlines()[-1]) for text in said if text.strip()]
+  return json.loads(said[0].splitlines()[-1])
 
 
 def measure_step(
   devices: int,
   mesh: dict[str, int],
-  processes: int,
+  processes: int = 1,
   layers: int = 2,
   steps: int = 20,
 ) -> dict[str, Any]:
@@ -133,13 +130,8 @@ def measure_step(
   index, count = sharding.row_shard(grid)
   ids = np.random.default_rng(index).integers(5, V, (B // count, L), np.int32)
   ones = np.ones_like(ids)
-  rows = Batch(
-    ids,
-    ones,
-    ones.cumsum(1, dtype=np.int32) - 1,
-    ones.astype(np.uint8),
-    ids[:, 0],
-  )
+  positions = ones.cumsum(1, dtype=np.int32) - 1
+  rows = Batch(ids, ones, positions, ones.astype(np.uint8), ids[:, 0])
   batch = sharding.put_rows(grid, rows)
   state, key = parts.init(jax.random.key(0)), jax.random.key(1)
   began = time.perf_counter()
