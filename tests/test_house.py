@@ -19,6 +19,7 @@ FLOORS = {
   "pages": {"tokenizers"},
   "training": {"models", "objectives", "pages"},
   "interop": {"models"},
+  "preparing": {"tokenizers", "data", "config"},
   "inference": {
     *("tokenizers", "models", "objectives", "training", "interop"),
     "config",
@@ -90,6 +91,7 @@ def test_help_imports_no_heavy_library(name):
     "sentencepiece",
     "tensorflow_datasets",
     "tensorboardX",
+    "apache_beam",
   }
   assert not imported & heavy
 

@@ -94,6 +94,14 @@ class BadRecords:
   ignored_files: list[str] = dataclasses.field(default_factory=list)
   """Files in folders and globs whose ending isn't known."""
 
+  def check(self, limit: int) -> None:
+    """Raises InputError if more than `data.max_bad_records` were skipped."""
+    if self.count > limit:
+      raise InputError(
+        f"more than data.max_bad_records={limit} bad records; the first was"
+        f" {self.messages[0]}"
+      )
+
 
 class _Damage(Exception):  # noqa: N818
   """The rest of a file can't be read. Holds where, what and what helps."""
@@ -171,11 +179,7 @@ def read(
     records.count += 1
     if len(records.messages) < 10:
       records.messages.append(message)
-    if records.count > max_bad_records:
-      raise InputError(
-        f"more than data.max_bad_records={max_bad_records} bad records; the"
-        f" first was {records.messages[0]}"
-      )
+    records.check(max_bad_records)
 
   fields = (text_field,)
   if pair_field is not None:
