@@ -18,6 +18,7 @@ Beam may do any of it twice, one after the other or at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -79,13 +80,22 @@ def start(arguments: Sequence[str]) -> beam.Pipeline:
   Raises:
     InputError: Beam doesn't take them.
   """
+  said = io.StringIO()
   try:
-    options = pipeline_options.PipelineOptions(list(arguments))
+    with contextlib.redirect_stderr(said):  # argparse's usage: 200 lines
+      options = pipeline_options.PipelineOptions(list(arguments))
+      given = options.get_all_options(retain_unknown_options=True)
+    known = pipeline_options.PipelineOptions([]).get_all_options()
+    # Others ask their job server what else there is.
+    local = pipeline_options.StandardOptions.LOCAL_RUNNERS
+    if given["runner"] in local and (unknown := given.keys() - known):
+      raise ValueError(f"no option --{min(unknown)}")
     return beam.Pipeline(options=options)
-  except (ValueError, ImportError, AttributeError) as error:
-    raise InputError(f"{' '.join(arguments)}: {_last_line(error)}") from error
-  except SystemExit:  # argparse has said why
-    raise InputError(f"Apache Beam takes no {' '.join(arguments)}") from None
+  except (ValueError, ImportError) as error:
+    raise InputError(f"Apache Beam: {_last_line(error)}") from error
+  except SystemExit:
+    line = said.getvalue().strip().splitlines()[-1]
+    raise InputError(f"Apache Beam: {line.rpartition('error: ')[2]}") from None
 
 
 def tokenize(
@@ -210,8 +220,9 @@ def _list_parts(path: str) -> Iterable[tuple[int, int, list[str]]]:
 def _make_part(numbered: tuple[int, int, list[str]], job: Job) -> None:
   """Writes the shards of a part and its result."""
   number, source, specs = numbered
-  if os.path.exists(job.file("results", "stop")):
-    return
+  for ended in (f"{number}.json", "stop"):
+    if os.path.exists(job.file("results", ended)):
+      return
   part = Part(source, tuple(specs))
   bad = sources.BadRecords()
   place = specs[0]

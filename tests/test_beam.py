@@ -1,0 +1,360 @@
+"""Apache Beam makes the store that the processes of one machine make."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_prepare import files_of, make_config, make_tokenizer, write_text
+
+from flaxmlm import InputError, prepare
+from flaxmlm.data import store
+from flaxmlm.preparing import documents, shards
+
+pytest.importorskip("apache_beam", reason="pip install -e '.[beam]'")
+from flaxmlm.preparing import beam  # noqa: E402
+
+DIRECT = ["--runner=DirectRunner"]
+# The one of Beam's local runners that tries a bundle again.
+RETRYING = ["--runner=BundleBasedDirectRunner"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Many parts of several shards each, and several ranges of fingerprints."""
+  monkeypatch.setattr(shards, "SHARD_CHARS", 2000)
+  monkeypatch.setattr(documents, "PART_BYTES", 8000)
+  monkeypatch.setattr(store, "_FINGERPRINTS", 64)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  """Three sources, with copies in each and between them."""
+  folder = tmp_path_factory.mktemp("texts")
+  (folder / "many").mkdir()
+  for number in range(12):
+    write_text(folder / "many" / f"{number}.txt", 30, seed=number % 9)
+  lines = write_text(folder / "more.txt", 200, seed=3)
+  with gzip.open(folder / "records.jsonl.gz", "wt", encoding="utf-8") as file:
+    for line in [*lines[::3], "something that stands here alone"]:
+      file.write(json.dumps({"text": line}) + "\n")
+  return folder
+
+
+def many(texts, **values):
+  return make_config(
+    "", data__source=(f"{texts}/many", f"{texts}/more.txt"), **values
+  )
+
+
+CASES = {
+  "fraction": {},
+  "copies stay": {"data.cleaning.deduplicate": False},
+  "smallest": {"data.document": "file", "data.validation_fraction": 1e-12},
+  "source": {"data.validation_source": "records.jsonl.gz"},
+  "source, copies stay": {
+    "data.validation_source": "records.jsonl.gz",
+    "data.cleaning.deduplicate": False,
+  },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bytes(texts, tmp_path, small, case):
+  values = dict(CASES[case])
+  if "data.validation_source" in values:
+    values["data.validation_source"] = f"{texts}/records.jsonl.gz"
+  c = many(texts, **values)
+  assert len(documents.cut(c)) > 5
+  made = prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  prepare.prepare_store(c, str(tmp_path / "beam"), progress=False, beam=DIRECT)
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+  dropped = made.manifest["documents"]["dropped"]
+  assert (dropped["duplicate"] > 0) == c.data.cleaning.deduplicate
+  assert (dropped["in_validation"] > 0) == ("source" in case)
+  assert made.manifest["smallest_held_out"] == (case == "smallest")
+  assert not (tmp_path / "beam.partial").exists()
+
+
+def test_pairs_too(tmp_path, small):
+  path = tmp_path / "pairs.jsonl"
+  draw = random.Random(0)
+  words = ["first", "second", "third", "fourth"]
+  rows = [
+    {
+      "text": " ".join(draw.choices(words, k=4)),
+      "other": " ".join(draw.choices(words, k=3)),
+      "label": draw.choice("ab"),
+    }
+    for _ in range(300)
+  ]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  c = make_config(
+    path,
+    data__pair_field="other",
+    objective__name=("masked", "sentence_pair"),
+    objective__labels=("a", "b"),
+    tokenizer__path=str(make_tokenizer(tmp_path)),
+  )
+  made = prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  prepare.prepare_store(c, str(tmp_path / "beam"), progress=False, beam=DIRECT)
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+  assert (made.train.flags >> store.LABEL_SHIFT).any()
+
+
+def test_the_first_in_reading_order_stays_whatever_comes_first():
+  # (part, documents, fingerprints, validation), as Beam may bring them.
+  heads = [
+    (7, np.array([0, 3]), np.array([5, 9], np.uint64), np.zeros(2, bool)),
+    (2, np.array([4, 6]), np.array([9, 9], np.uint64), np.zeros(2, bool)),
+    (11, np.array([1]), np.array([5], np.uint64), np.zeros(1, bool)),
+  ]
+  for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+    goes = {}
+    for part, (here, why) in beam._decide(
+      (0, [heads[i] for i in order]), False, True
+    ):
+      goes[part] = here.tolist()
+      assert (why == store.DUPLICATE).all()
+    assert goes == {2: [6], 7: [3], 11: [1]}
+
+
+def test_a_worker_that_fails_is_tried_again(
+  texts, tmp_path, small, monkeypatch
+):
+  c = many(texts)
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  saved, failed = [], []
+  save_shard = store.save_shard
+
+  def fail_once(path, *rest):
+    # The second shard of three parts, the first time: the disk is full. All
+    # parts are one bundle here, which is tried four times.
+    if path.endswith("000001.npz") and path not in failed and len(failed) < 3:
+      failed.append(path)
+      raise OSError(28, "No space left on device", path)
+    saved.append(path)
+    save_shard(path, *rest)
+
+  monkeypatch.setattr(store, "save_shard", fail_once)
+  prepare.prepare_store(
+    c, str(tmp_path / "beam"), progress=False, beam=RETRYING
+  )
+  assert len(failed) == 3
+  # What was made before the failure isn't made again.
+  assert len(saved) == len(set(saved))
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+
+
+def test_every_bundle_twice_makes_the_same(texts, tmp_path, small):
+  c = many(texts)
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  prepare.prepare_store(
+    c,
+    str(tmp_path / "beam"),
+    progress=False,
+    beam=[*DIRECT, "--direct_runner_bundle_repeat=1"],
+  )
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+
+
+def test_a_part_that_fails_is_named_and_the_rest_is_kept(
+  texts, tmp_path, small, monkeypatch
+):
+  c = many(texts)
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  out = str(tmp_path / "beam")
+  with monkeypatch.context() as patch:
+    tokenize_shard = shards.tokenize_shard
+
+    def fail(found, *rest):
+      if found[0].where.endswith("more.txt:1"):
+        raise RuntimeError("too long\nfor this tokenizer")
+      return tokenize_shard(found, *rest)
+
+    patch.setattr(shards, "tokenize_shard", fail)
+    with pytest.raises(InputError) as raised:
+      prepare.prepare_store(c, out, progress=False, beam=DIRECT)
+  message = str(raised.value)
+  number = [part.specs[0] for part in documents.cut(c)].index(
+    f"{texts}/more.txt"
+  )
+  assert f"part {number}: RuntimeError: for this tokenizer" in message
+  assert "more.txt:1 to " in message
+  assert "\n" not in message
+  made = {
+    p: p.stat().st_ino for p in (tmp_path / "beam.partial").rglob("*.npz")
+  }
+  # By the processes of this machine, even.
+  prepare_shard = store.save_shard
+  again = []
+  monkeypatch.setattr(
+    store,
+    "save_shard",
+    lambda path, *rest: (again.append(path), prepare_shard(path, *rest)),
+  )
+  prepare.prepare_store(c, out, progress=False)
+  assert again and not set(again) & set(map(str, made))
+  assert files_of(out) == files_of(tmp_path / "pool")
+
+
+def test_bad_records_are_those_of_the_pool(tmp_path, small):
+  for number in range(4):
+    lines = [
+      json.dumps({"text": f"text {i} of file {number}, or so"})
+      for i in range(300)
+    ]
+    lines[7 * number] = "{"
+    (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+  c = make_config(
+    tmp_path / "*.jsonl", tokenizer__path=str(make_tokenizer(tmp_path))
+  )
+  for way in (None, DIRECT):
+    with pytest.raises(InputError, match=r"0.jsonl:1: broken JSON.*skip"):
+      prepare.prepare_store(
+        c, str(tmp_path / f"bad{way}"), progress=False, beam=way
+      )
+  c.data.on_bad_record = "skip"
+  c.data.max_bad_records = 3
+  for way in (None, DIRECT):
+    with pytest.raises(InputError, match="more than data.max_bad_records=3"):
+      prepare.prepare_store(
+        c, str(tmp_path / f"limit{way}"), progress=False, beam=way
+      )
+  c.data.max_bad_records = 4
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  made = prepare.prepare_store(
+    c, str(tmp_path / "beam"), progress=False, beam=DIRECT
+  )
+  assert made.manifest["bad_records"] == 4
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+
+
+def test_after_a_bad_record_no_further_part_is_read(
+  tmp_path, small, monkeypatch
+):
+  for number in range(30):
+    text = "{" if number == 2 else json.dumps({"text": "some words " * 900})
+    (tmp_path / f"{number}.jsonl").write_text(text)
+  c = make_config(
+    tmp_path / "*.jsonl", tokenizer__path=str(make_tokenizer(tmp_path))
+  )
+  read, tasks = [], shards.tasks
+  lock = threading.Lock()
+
+  def count(parts, *rest):
+    with lock:
+      read.append(parts[0][0])
+    return tasks(parts, *rest)
+
+  monkeypatch.setattr(shards, "tasks", count)
+  with pytest.raises(InputError, match="2.jsonl:1"):
+    prepare.prepare_store(
+      c, str(tmp_path / "store"), progress=False, beam=DIRECT
+    )
+  # Beam shuffles the parts: how many came before is chance.
+  assert read[-1] == 2
+
+
+def test_workers_that_write_elsewhere_are_noticed(texts, tmp_path, monkeypatch):
+  monkeypatch.setattr(beam, "_make_part", lambda numbered, job: None)
+  monkeypatch.setattr(beam, "_PATIENCE", 0.0)
+  with pytest.raises(InputError, match="all of them must see --out"):
+    prepare.prepare_store(
+      many(texts), str(tmp_path / "store"), progress=False, beam=DIRECT
+    )
+
+
+def run_program(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "flaxmlm.prepare", *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+
+
+def test_the_program(texts, tmp_path):
+  arguments = [
+    f"--config.data.source=('{texts}/many', '{texts}/more.txt')",
+    "--config.data.document=line",
+    "--config.tokenizer.kind=bpe",
+    "--config.tokenizer.vocab_size=300",
+  ]
+  alone = run_program(*arguments, f"--out={tmp_path / 'pool'}")
+  assert alone.returncode == 0, alone.stderr
+  # Two processes of Beam's, which get nothing but what they are sent.
+  done = run_program(
+    *arguments,
+    f"--out={os.path.relpath(tmp_path / 'beam', ROOT)}",
+    "--runner=DirectRunner",
+    "--",
+    "--direct_num_workers=2",
+    "--direct_running_mode=multi_processing",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "tokenizing 2 parts by Apache Beam" in done.stdout
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+  assert "direct" not in done.stdout.splitlines()[-1]
+
+  (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{\n')
+  bad = run_program(
+    f"--config.data.source={tmp_path}/bad.jsonl",
+    f"--config.tokenizer.path={make_tokenizer(tmp_path)}",
+    f"--out={tmp_path / 'bad'}",
+    "--runner=DirectRunner",
+  )
+  assert bad.returncode == 2
+  assert "bad.jsonl:2: broken JSON" in bad.stderr
+  assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--runner=NoRunner"], "NoRunner"),
+    (["--runner=DirectRunner", "--", "--direct_num_workers=x"], "invalid int"),
+    (["--runner=DirectRunner", "--", "--nonsense=1"], "no option --nonsense"),
+  ],
+)
+def test_arguments_that_beam_does_not_take(tmp_path, arguments, message):
+  done = run_program(f"--out={tmp_path / 'store'}", *arguments)
+  assert done.returncode == 2
+  assert message in done.stderr.splitlines()[-1]
+  assert not (tmp_path / "store.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["novels", "zh"])
+def test_real_text(real_data, tmp_path, language):
+  source, values = real_data / language, {}
+  if language == "zh":
+    pytest.importorskip("jieba")
+    values = {"tokenizer.words": "jieba", "tokenizer.vocab_size": 8000}
+  c = make_config(
+    source,
+    **{
+      "data.document": "paragraph",
+      "data.cleaning.unwrap": True,
+      "tokenizer.vocab_size": 4000,
+      **values,
+    },
+  )
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  prepare.prepare_store(
+    c,
+    str(tmp_path / "beam"),
+    progress=False,
+    beam=[
+      *DIRECT,
+      "--direct_num_workers=2",
+      "--direct_running_mode=multi_processing",
+    ],
+  )
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
