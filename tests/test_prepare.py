@@ -492,6 +492,28 @@ def test_the_program(corpus, tmp_path):
   assert "tokenizer.kind: 'unigram' -> 'bpe'" in refused.stderr
 
 
+def test_without_apache_beam_a_line_says_what_to_install(tmp_path):
+  # As if it were not there, where it is.
+  script = (
+    "import runpy, sys; sys.modules['apache_beam'] = None;"
+    "runpy.run_module('flaxmlm.prepare', run_name='__main__')"
+  )
+  arguments = [f"--out={tmp_path / 'store'}", "--runner=DirectRunner"]
+  done = subprocess.run(
+    [sys.executable, "-c", script, *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  assert done.returncode == 2
+  assert "pip install -e '.[beam]'" in done.stderr
+  assert done.stderr.count("\n") == 1
+  alone = run_program(f"--out={tmp_path / 'store'}", "--", "--streaming")
+  assert alone.returncode == 2
+  assert "no --runner=NAME before them" in alone.stderr
+  assert os.listdir(tmp_path) == []
+
+
 def test_a_store_inside_of_its_source_is_refused(tmp_path):
   (tmp_path / "a.txt").write_text("one text of some length " * 20)
   done = run_program(
