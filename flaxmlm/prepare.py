@@ -181,13 +181,15 @@ def prepare_store(
     if beam is not None:
       make = functools.partial(_by_beam, beam)
       if progress:
-        print(f"tokenizing {len(parts):,} parts by Apache Beam", flush=True)
+        print(f"tokenizing by Apache Beam: {len(parts):,} parts", flush=True)
     with _progress(progress, documents.total_bytes(config)) as update:
       paths, size, choose = make(config, parts, recipe, bad, update)
     finished("tokens")
     if progress:
       for message in _bad_lines(bad):
         print(message)
+      if beam is not None:
+        print("looking for copies by Apache Beam", flush=True)
       print("putting the store together", flush=True)
     manifest = store.assemble(
       final,

@@ -109,20 +109,21 @@ def test_pairs_too(tmp_path, small):
 
 
 def test_the_first_in_reading_order_stays_whatever_comes_first():
-  # (part, documents, fingerprints, validation), as Beam may bring them.
-  heads = [
-    (7, np.array([0, 3]), np.array([5, 9], np.uint64), np.zeros(2, bool)),
-    (2, np.array([4, 6]), np.array([9, 9], np.uint64), np.zeros(2, bool)),
-    (11, np.array([1]), np.array([5], np.uint64), np.zeros(1, bool)),
-  ]
-  for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-    goes = {}
-    for part, (here, why) in beam._decide(
-      (0, [heads[i] for i in order]), False, True
-    ):
-      goes[part] = here.tolist()
-      assert (why == store.DUPLICATE).all()
-    assert goes == {2: [6], 7: [3], 11: [1]}
+  # Part: fingerprint, document, whether it is for validation.
+  parts = {
+    7: [(5, 0, False), (9, 3, False)],
+    2: [(9, 4, False), (9, 6, False)],
+    11: [(5, 1, False)],
+  }
+  heads = {n: np.array(part, beam._HEAD).tobytes() for n, part in parts.items()}
+  for order in ([7, 2, 11], [11, 2, 7], [2, 7, 11]):
+    came = (0, [(number, heads[number]) for number in order])
+    goes = {
+      number: np.frombuffer(answer, beam._FATE).tolist()
+      for number, answer in beam._decide(came, False, True)
+    }
+    copy = store.DUPLICATE
+    assert goes == {2: [(6, copy)], 7: [(3, copy)], 11: [(1, copy)]}
 
 
 def test_a_worker_that_fails_is_tried_again(
@@ -299,7 +300,7 @@ def test_the_program(texts, tmp_path):
     "--direct_running_mode=multi_processing",
   )
   assert done.returncode == 0, done.stderr
-  assert "tokenizing 2 parts by Apache Beam" in done.stdout
+  assert "tokenizing by Apache Beam: 2 parts" in done.stdout
   assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
   assert "direct" not in done.stdout.splitlines()[-1]
 
@@ -331,30 +332,59 @@ def test_arguments_that_beam_does_not_take(tmp_path, arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("language", ["novels", "zh"])
-def test_real_text(real_data, tmp_path, language):
-  source, values = real_data / language, {}
-  if language == "zh":
-    pytest.importorskip("jieba")
-    values = {"tokenizer.words": "jieba", "tokenizer.vocab_size": 8000}
-  c = make_config(
-    source,
-    **{
-      "data.document": "paragraph",
-      "data.cleaning.unwrap": True,
-      "tokenizer.vocab_size": 4000,
-      **values,
-    },
-  )
-  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
-  prepare.prepare_store(
-    c,
-    str(tmp_path / "beam"),
-    progress=False,
-    beam=[
-      *DIRECT,
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    [
+      "--runner=DirectRunner",
       "--direct_num_workers=2",
       "--direct_running_mode=multi_processing",
     ],
+    # As Flink, Spark and others do, by a job server; this one is Beam's own.
+    [
+      "--runner=PortableRunner",
+      "--job_endpoint=embed",
+      "--environment_type=LOOPBACK",
+    ],
+  ],
+  ids=["processes", "job server"],
+)
+def test_real_text(real_data, tmp_path, arguments):
+  novels = sorted((real_data / "novels").iterdir())[:10]
+  c = make_config(
+    "",
+    data__source=tuple(map(str, novels)),
+    data__document="paragraph",
+    data__cleaning__unwrap=True,
+    tokenizer__vocab_size=4000,
   )
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  made = prepare.prepare_store(
+    c, str(tmp_path / "beam"), progress=False, beam=arguments
+  )
+  assert made.manifest["splits"]["train"]["tokens"] > 10**6
+  assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
+
+
+@pytest.mark.slow
+def test_chinese_words(real_data, tmp_path):
+  pytest.importorskip("jieba")
+  text = (real_data / "zh" / "modern.txt").read_text(encoding="utf-8")
+  for number in range(2):
+    part = text[number * 200_000 : (number + 1) * 200_000]
+    (tmp_path / f"{number}.txt").write_text(part, encoding="utf-8")
+  c = make_config(
+    "",
+    data__source=(f"{tmp_path}/0.txt", f"{tmp_path}/1.txt"),
+    tokenizer__words="jieba",
+    tokenizer__vocab_size=8000,
+  )
+  prepare.prepare_store(c, str(tmp_path / "pool"), progress=False)
+  made = prepare.prepare_store(
+    c, str(tmp_path / "beam"), progress=False, beam=DIRECT
+  )
+  flags = made.train.flags
+  words = np.count_nonzero(flags & store.WORD_START)
+  # Chinese has no spaces: without jieba, a line would be a word.
+  assert 0.3 < words / len(flags) < 1
   assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")

@@ -48,6 +48,12 @@ logging.disable(_level)
 _PATIENCE = 60.0
 _LOOK_EVERY = 5.0  # seconds
 
+# What goes through Beam of a document, by its place in its part.
+_HEAD = np.dtype(
+  [("fingerprint", "<u8"), ("document", "<u4"), ("validation", "?")]
+)
+_FATE = np.dtype([("document", "<u4"), ("fate", "u1")])
+
 
 class Job(NamedTuple):
   """What every worker has to know."""
@@ -251,51 +257,56 @@ def _read_part_heads(
   job: Job,
   held_out: store.HeldOut,
   ranges: int,
-) -> Iterable[tuple[int, tuple[int, np.ndarray, np.ndarray, np.ndarray]]]:
-  """Yields number of a range; part, documents, fingerprints, validation."""
+) -> Iterable[tuple[int, tuple[int, bytes]]]:
+  """Yields number of a range, number of the part, its documents there."""
   number = numbered[0]
   result = _read_result(job, number, _PATIENCE)
   paths = [done.path for done in result.shards]
   fingerprints, of_sources, _ = store.read_heads(paths)
-  validation = held_out.among(fingerprints, of_sources)
+  heads = np.empty(len(fingerprints), _HEAD)
+  heads["document"] = np.arange(len(heads))
+  heads["fingerprint"] = fingerprints
+  heads["validation"] = held_out.among(fingerprints, of_sources)
   numbers = store.find_range(fingerprints, ranges)
   order = np.argsort(numbers, kind="stable")
   found, first = np.unique(numbers[order], return_index=True)
   for which, here in zip(found, np.split(order, first[1:]), strict=False):
-    heads = number, here, fingerprints[here], validation[here]
-    yield int(which), heads
+    yield int(which), (number, heads[here].tobytes())
 
 
 def _decide(
-  heads: tuple[int, Iterable[tuple[int, np.ndarray, np.ndarray, np.ndarray]]],
+  of_range: tuple[int, Iterable[tuple[int, bytes]]],
   disjoint: bool,
   deduplicate: bool,
-) -> Iterable[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-  """Yields number of a part; which documents of it go, and why."""
-  # Reading order, whatever order Beam brings them in.
-  of_parts = sorted(heads[1], key=lambda part: part[0])
+) -> Iterable[tuple[int, bytes]]:
+  """Yields number of a part, and which documents of it go."""
+  # Reading order, whatever order Beam brings the parts in.
+  parts = sorted(of_range[1], key=lambda part: part[0])
+  heads = [np.frombuffer(data, _HEAD) for _, data in parts]
+  every = np.concatenate(heads)
   fates = store.decide(
-    np.concatenate([fingerprints for _, _, fingerprints, _ in of_parts]),
-    np.concatenate([validation for *_, validation in of_parts]),
+    every["fingerprint"],
+    every["validation"],
     disjoint=disjoint,
     deduplicate=deduplicate,
   )
-  ends = np.cumsum([len(here) for _, here, *_ in of_parts])
-  pieces = np.split(fates, ends[:-1])
-  for (number, here, *_), piece in zip(of_parts, pieces, strict=True):
-    goes = piece != store.KEPT
-    yield number, (here[goes], piece[goes])
+  pieces = np.split(fates, np.cumsum([*map(len, heads)])[:-1])
+  for (number, _), head, fate in zip(parts, heads, pieces, strict=True):
+    goes = np.flatnonzero(fate != store.KEPT)
+    answer = np.empty(len(goes), _FATE)
+    answer["document"] = head["document"][goes]
+    answer["fate"] = fate[goes]
+    yield number, answer.tobytes()
 
 
-def _write_fates(
-  pieces: tuple[int, Iterable[tuple[np.ndarray, np.ndarray]]], job: Job
-) -> None:
-  number = pieces[0]
+def _write_fates(answers: tuple[int, Iterable[bytes]], job: Job) -> None:
+  """Writes what becomes of each document of a part."""
+  number = answers[0]
   result = _read_result(job, number, _PATIENCE)
-  kept = sum(done.kept for done in result.shards)
-  fates = np.full(kept, store.KEPT, np.uint8)
-  for here, values in pieces[1]:
-    fates[here] = values
+  fates = np.full(sum(done.kept for done in result.shards), store.KEPT, "u1")
+  for data in answers[1]:
+    answer = np.frombuffer(data, _FATE)
+    fates[answer["document"]] = answer["fate"]
   with store.atomic_file(job.file("fates", f"{number}.npy")) as file:
     np.save(file, fates)
 
@@ -314,6 +325,8 @@ def _absolute(part: Part) -> Part:
 
 def _run(pipeline: beam.Pipeline) -> Exception | None:
   """Runs a pipeline to its end; returns why it failed."""
+  # Its warnings are about Beam; what went wrong are errors.
+  logging.getLogger("apache_beam").setLevel(logging.ERROR)
   try:
     running = pipeline.run()
     try:

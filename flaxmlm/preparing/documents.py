@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
   from ml_collections import ConfigDict
 
-# Small files are read together until they have so many bytes: some dozens of
-# shards, so that what is done once a part takes no time.
-PART_BYTES = 64 << 20
+# Small files are read together until they have so many bytes, which keep a core
+# busy for seconds: what is done once a part takes no time beside that.
+PART_BYTES = 16 << 20
 # A tokenizer's sample is drawn from so many times its size, not from more.
 OVERSAMPLE = 8
 SAMPLE_FILES = 16
@@ -66,8 +66,8 @@ def reading(config: ConfigDict) -> dict[str, Any]:
 def cut(config: ConfigDict) -> list[Part]:
   """Cuts the sources into parts, in reading order.
 
-  A part is a file, or neighbours of some `PART_BYTES` together. It depends on
-  the sources alone.
+  A part is a file, neighbours of some `PART_BYTES` together, or a slice of a
+  data set of that size. The cut depends on the sources alone.
 
   Raises:
     InputError: See `sources.files`.
@@ -75,7 +75,10 @@ def cut(config: ConfigDict) -> list[Part]:
   parts = []
   for source, spec in enumerate(all_sources(config)):
     files = sources.files([spec])
-    if not files:
+    if spec.startswith("tfds:"):
+      slices = sources.cut_tfds(spec, config.data.tfds_dir, PART_BYTES)
+      parts += [Part(source, (slice_,)) for slice_ in slices]
+    elif not files:
       parts.append(Part(source, (spec,)))
     part: list[str] = []
     size = 0
