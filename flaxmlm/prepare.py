@@ -545,8 +545,10 @@ def _by_beam(
     folder=os.path.abspath(recipe.folder),
     tokenizer=os.path.abspath(recipe.tokenizer),
   )
-  folder = os.path.dirname(recipe.folder)
-  job = beam.Job(folder, documents.reading(config), recipe)
+  options = documents.reading(config)
+  if options["tfds_dir"] and "://" not in options["tfds_dir"]:
+    options["tfds_dir"] = os.path.abspath(options["tfds_dir"])
+  job = beam.Job(os.path.dirname(recipe.folder), options, recipe)
   results = beam.tokenize(job, parts, arguments, bad, update)
   done = [done for result in results for done in result.shards]
   return (

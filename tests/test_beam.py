@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -35,11 +34,12 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-  """Three sources, with copies in each and between them."""
+  """Sources with copies in each and between them; one is empty."""
   folder = tmp_path_factory.mktemp("texts")
   (folder / "many").mkdir()
   for number in range(12):
     write_text(folder / "many" / f"{number}.txt", 30, seed=number % 9)
+  (folder / "nothing.txt").write_text("\n")
   lines = write_text(folder / "more.txt", 200, seed=3)
   with gzip.open(folder / "records.jsonl.gz", "wt", encoding="utf-8") as file:
     for line in [*lines[::3], "something that stands here alone"]:
@@ -48,8 +48,9 @@ def texts(tmp_path_factory):
 
 
 def many(texts, **values):
+  names = ("many", "nothing.txt", "more.txt")
   return make_config(
-    "", data__source=(f"{texts}/many", f"{texts}/more.txt"), **values
+    "", data__source=tuple(f"{texts}/{name}" for name in names), **values
   )
 
 
@@ -237,30 +238,37 @@ def test_bad_records_are_those_of_the_pool(tmp_path, small):
   assert files_of(tmp_path / "beam") == files_of(tmp_path / "pool")
 
 
-def test_after_a_bad_record_no_further_part_is_read(
-  tmp_path, small, monkeypatch
-):
-  for number in range(30):
-    text = "{" if number == 2 else json.dumps({"text": "some words " * 900})
+def test_after_a_bad_record_no_further_part_is_read(tmp_path, monkeypatch):
+  good, bad = json.dumps({"text": "some words"}), "{"
+  for number, text in enumerate([good, good, bad, good]):
     (tmp_path / f"{number}.jsonl").write_text(text)
   c = make_config(
     tmp_path / "*.jsonl", tokenizer__path=str(make_tokenizer(tmp_path))
   )
+  monkeypatch.setattr(documents, "PART_BYTES", 1)
   read, tasks = [], shards.tasks
-  lock = threading.Lock()
-
-  def count(parts, *rest):
-    with lock:
-      read.append(parts[0][0])
-    return tasks(parts, *rest)
-
-  monkeypatch.setattr(shards, "tasks", count)
-  with pytest.raises(InputError, match="2.jsonl:1"):
+  monkeypatch.setattr(
+    shards,
+    "tasks",
+    lambda parts, *rest: (read.append(parts[0][0]), tasks(parts, *rest))[1],
+  )
+  # Beam shuffles the parts; here, the bad one comes second.
+  list_parts = beam._list_parts
+  monkeypatch.setattr(beam.beam, "Reshuffle", lambda: beam.beam.Map(same))
+  monkeypatch.setattr(
+    beam,
+    "_list_parts",
+    lambda path: [[*list_parts(path)][i] for i in (3, 2, 0, 1)],
+  )
+  with pytest.raises(InputError, match="2.jsonl:1: broken JSON"):
     prepare.prepare_store(
       c, str(tmp_path / "store"), progress=False, beam=DIRECT
     )
-  # Beam shuffles the parts: how many came before is chance.
-  assert read[-1] == 2
+  assert read == [3, 2]
+
+
+def same(value):
+  return value
 
 
 def test_workers_that_write_elsewhere_are_noticed(texts, tmp_path, monkeypatch):

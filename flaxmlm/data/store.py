@@ -342,9 +342,14 @@ def choose_in_memory(
   shards: Sequence[str], held_out: HeldOut, deduplicate: bool
 ) -> Iterator[np.ndarray]:
   """A `Choose` that holds the heads of all documents: some 20 bytes each."""
-  fingerprints, sources, _ = read_heads(shards)
+  heads = [read_heads([path])[:2] for path in shards]
+  ends = np.cumsum([len(fingerprints) for fingerprints, _ in heads])
+  fingerprints = np.concatenate(
+    [np.zeros(0, np.uint64), *(h[0] for h in heads)]
+  )
+  sources = np.concatenate([np.zeros(0, np.uint16), *(h[1] for h in heads)])
   validation = held_out.among(fingerprints, sources)
-  del sources
+  del heads, sources
   fates = np.empty(len(fingerprints), np.uint8)
   ranges = count_ranges(len(fingerprints))
   numbers = find_range(fingerprints, ranges)
@@ -358,11 +363,9 @@ def choose_in_memory(
     )
   del fingerprints, validation, numbers
   first = 0
-  for path in shards:
-    with np.load(path) as arrays:
-      documents = len(arrays["lengths"])
-    yield fates[first : first + documents]
-    first += documents
+  for end in ends.tolist():
+    yield fates[first:end]
+    first = end
 
 
 def assemble(

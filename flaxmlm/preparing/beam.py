@@ -142,23 +142,20 @@ def tokenize(
   )
   with _watched(job, update):
     error = _run(pipeline)
-  results = []
-  for number, part in enumerate(parts):
-    result = _read_result(job, number, 0.0 if error else _PATIENCE)
-    if isinstance(result, InputError):
-      raise result
-    if result is None:
-      place = _read_place(job, number)
-      if error and place is None:
-        continue  # never begun; another one is to blame
-      raise InputError(_explain(error, number, part, place))
+  results = _gather(job, len(parts), 0.0 if error else _PATIENCE)
+  for number in [n for n in range(len(parts)) if n not in results]:
+    place = _read_place(job, number)
+    # A part that was never begun isn't to blame for another one's failure.
+    if place or not error:
+      line = _explain(error, number, parts[number], place)
+      raise InputError(line) from error
+  if error:
+    raise InputError(f"Apache Beam: {_last_line(error)}; {_AGAIN}") from error
+  for _, result in sorted(results.items()):
     bad.count += result.bad_records
     bad.messages += result.messages[: 10 - len(bad.messages)]
-    bad.check(job.options["max_bad_records"])
-    results.append(result)
-  if error:
-    raise InputError(f"Apache Beam: {_last_line(error)}; {_AGAIN}")
-  return results
+  bad.check(job.options["max_bad_records"])
+  return [results[number] for number in range(len(parts))]
 
 
 def choose(
@@ -200,17 +197,17 @@ def choose(
     raise InputError(
       f"Apache Beam, looking for copies: {_last_line(error)}; {_AGAIN}"
     ) from error
-  place = iter(paths)
   for number, result in enumerate(results):
-    kept = [done.kept for done in result.shards]
     fates = np.zeros(0, np.uint8)
-    if sum(kept):  # a part without documents has no file
+    if any(done.kept for done in result.shards):
       path = job.file("fates", f"{number}.npy")
-      _await(path, _PATIENCE)
+      if not _await(path, _PATIENCE):
+        raise InputError(f"{path}: no worker has left it; {_AGAIN}")
       fates = np.load(path)
-    for fate in np.split(fates, np.cumsum(kept)[:-1]):
-      next(place)
-      yield fate
+    first = 0
+    for done in result.shards:
+      yield fates[first : first + done.kept]
+      first += done.kept
 
 
 # What is done on the workers. Beam reads the types.
@@ -376,6 +373,28 @@ def _watched(
   finally:
     ended.set()
     thread.join()
+
+
+def _gather(job: Job, parts: int, patience: float) -> dict[int, Result]:
+  """Returns the results by number, those that show up in so many seconds.
+
+  Raises:
+    InputError: The text of a part is bad; of several, the first one's.
+  """
+  until = time.monotonic() + patience
+  results: dict[int, Result] = {}
+  while True:
+    for number in range(parts):
+      if number in results:
+        continue
+      result = _read_result(job, number, 0.0)
+      if isinstance(result, InputError):
+        raise result
+      if result is not None:
+        results[number] = result
+    if len(results) == parts or time.monotonic() >= until:
+      return results
+    time.sleep(1.0)
 
 
 def _read_result(
