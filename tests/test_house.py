@@ -21,6 +21,7 @@ FLOORS = {
   "planning": {"training"},
   "training": {"models", "objectives", "pages", "storage"},
   "interop": {"models"},
+  "preparing": {"tokenizers", "data", "config"},
   "inference": {
     *("tokenizers", "models", "objectives", "training", "interop"),
     *("config", "storage"),
@@ -93,6 +94,7 @@ def test_help_imports_no_heavy_library(name):
     "sentencepiece",
     "tensorflow_datasets",
     "tensorboardX",
+    "apache_beam",
   }
   assert not imported & heavy
 
