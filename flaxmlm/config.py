@@ -792,7 +792,7 @@ def parse(
     InputError: See `load` and `validate`.
   """
   from flaxmlm.interop.families import is_folder
-  from flaxmlm.storage.remote import localize
+  from flaxmlm.storage.remote import list_names, localize, origin
   from flaxmlm.training.chain import newest_step
 
   args, overrides = parser.parse_known_args(argv)
@@ -831,7 +831,11 @@ def parse(
   if None not in outs and len(set(map(os.path.realpath, outs))) == 1:
     raise InputError(f"--json and --html are one file, {outs[0]}; name another")
   made = os.path.join(workdir, "store", "manifest.json")
-  there = bool(workdir) and (given is not None or os.path.exists(made))
+  url = origin(workdir) if workdir else None
+  if url is not None:
+    there = "manifest.json" in list_names(f"{url}/store")
+  else:
+    there = bool(workdir) and (given is not None or os.path.exists(made))
   validate(config, sources=sources and not there)
   if args.print_config:
     sys.exit(0)

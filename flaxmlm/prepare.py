@@ -67,6 +67,10 @@ def main() -> None:  # noqa: D103
     return
   if args.out is None:
     raise InputError("--out=DIR is missing: the folder of the store")
+  if "://" in args.out:
+    raise InputError(
+      f"--out={args.out}: make the store in a folder here, then copy that"
+    )
   if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
     raise InputError(f"--json={args.json}: no such folder")
   beam = _beam_arguments(args.runner, options)

@@ -95,14 +95,16 @@ def main(argv: list[str] | None = None) -> None:
   )
 
   config.validate(c, devices=jax.device_count())
-  hosts.check_alike({"the store": store.hash, "JAX": jax.__version__})
+  newest = chain.newest_step(workdir)
+  alike = {"the store": store.hash, "the newest checkpoint": newest}
+  hosts.check_alike(alike | {"JAX": jax.__version__})
 
   # The runs that this one goes on from, and itself.
-  run = c.train.continue_from
-  begun = chain.newest_step(workdir) is not None
+  run, begun = c.train.continue_from, newest is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
   if process == 0 and not begun:
     chain.write_chain(workdir, [*before, phase])
+    push()
 
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
@@ -170,9 +172,9 @@ def main(argv: list[str] | None = None) -> None:
     return report.guesses(*shown, tokens=tokenizer.tokens)
 
   def save(state: State) -> None:
-    checkpoints.save(checkpointer, state)
     if process == 0:
-      push()
+      push()  # first: no checkpoint is there without what belongs to it
+    checkpoints.save(checkpointer, state)
 
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
@@ -230,6 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         print,
         options=c,
       )
+      # Of host arrays: what lies on one host's device can't go to all hosts.
+      given = jax.tree.map(np.asarray, given)
       placed = jax.device_put(given, state_sharding.params)
       state = state._replace(params=placed)
   if held is not None:
@@ -295,8 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     push()
     lock.close()
   hosts.wait("the end", processes)
-  args.workdir = remote.origin(workdir) or args.workdir
-  print(f"\nreport: {page}")
+  shown = remote.origin(workdir)
+  print(f"\nreport: {f'{shown}/report.html' if shown else page}")
   if int(state.step) < c.train.steps:
     print(
       f"stopped after step {int(state.step):,} of {c.train.steps:,}; the same"
@@ -304,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     return
   print(f"done in {loop.clock(time.perf_counter() - began)}; try it:")
-  print(f"  python -m flaxmlm.fill_mask --workdir={args.workdir}")
+  print(f"  python -m flaxmlm.fill_mask --workdir={shown or args.workdir}")
 
 
 class Parts(NamedTuple):
@@ -520,6 +524,9 @@ def open_data(
     store = open_store(c.data.store)
   elif url is not None and "manifest.json" in remote.list_names(f"{url}/store"):
     store = open_store(f"{url}/store")
+    if newest_step(workdir) is None:
+      wanted = prepare.store_spec(c, prepare.load_tokenizer(c))
+      prepare.check_same(store.manifest["spec"], wanted, f"{url}/store")
   elif newest_step(workdir) is not None:
     store = open_store(own)
   else:

@@ -16,7 +16,7 @@ from flaxmlm.planning import chips, hlo, prediction
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
-1 "/somewhere/flaxmlm/models/bert.py"
+1 "PACKAGE/models/bert.py"
 2 "/elsewhere/jax/numpy.py"
 
 FunctionNames
@@ -62,7 +62,7 @@ backend_config={"known_trip_count":{"n":"3"}}
   ROOT %s = f32[8,128]{1,0:T(8,128)} all-reduce(%g), \
 replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
 }
-"""
+""".replace("PACKAGE", str(ROOT / "flaxmlm"))
 B_BYTES, PRODUCT, TURN = 128 * 128 * 2, 2 * 16 * 128 * 2, 2 * 8 * 128 * 4
 
 

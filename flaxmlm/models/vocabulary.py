@@ -35,6 +35,16 @@ def split_axes(size: int) -> tuple[str, ...]:
   return axes if size % ways == 0 else ()
 
 
+def row_axes() -> tuple[str, ...]:
+  """Returns the axes that rows are split over, as far as XLA splits them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(
+    name
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if name in ("data", "fsdp") and kind == AxisType.Auto
+  )
+
+
 def look_up(
   table: Float[Array, "V E"], ids: Int[Array, " T"], dtype: str
 ) -> Float[Array, "T E"]:
@@ -53,13 +63,15 @@ def look_up(
 
   def gather(part: Array, ids: Array) -> Array:
     whole = jax.lax.all_gather(part, "fsdp", axis=0, tiled=True)
-    return whole[ids]
+    # A frequent token's gradient is a sum of thousands: not in bfloat16.
+    return whole.astype(jnp.float32)[ids]
 
+  rows = row_axes()
   return jax.shard_map(
     gather,
-    in_specs=(P("fsdp"), P("fsdp")),
-    out_specs=P("fsdp"),
-    axis_names={"fsdp"},
+    in_specs=(P("fsdp"), P(rows)),
+    out_specs=P(rows),
+    axis_names=set(rows),
     check_vma=False,
   )(table.astype(dtype), ids)
 
@@ -69,10 +81,11 @@ def score(
 ) -> Float[Array, "T V"]:
   """Returns logits over the vocabulary, split over devices as the table is."""
   axes = split_axes(table.shape[0])
+  rows = tuple(name for name in row_axes() if name not in AXES) or None
   if axes:
-    # Of few tokens, those that are asked for: the table is larger.
-    x = jax.lax.with_sharding_constraint(x, P(None, None))
+    # Of the tokens that are asked for alone.
+    x = jax.lax.with_sharding_constraint(x, P(rows, None))
   logits = jnp.einsum("td,vd->tv", x, table.astype(x.dtype))
   if axes:
-    logits = jax.lax.with_sharding_constraint(logits, P(None, axes))
+    logits = jax.lax.with_sharding_constraint(logits, P(rows, axes))
   return logits + bias.astype(x.dtype)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -29,9 +30,10 @@ CACHE = "FLAXMLM_CACHE"
 ORIGIN = "origin.txt"  # in the local folder of a run: where it is kept
 _CHUNK = 16 << 20
 _MANIFEST = "manifest.json"
+_COMMITTED = "commit_success.txt"  # Orbax', in buckets
 _PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID")
 # Parts of a run that aren't copied here when a program begins.
-_STAY = ("checkpoints", "store", "tensorboard")
+_STAY = ("checkpoints", "store", "store.partial", "tensorboard")
 
 
 def is_remote(path: str) -> bool:
@@ -53,14 +55,9 @@ def open_path(url: str) -> Any:
   """
   from etils import epath
 
-  path = epath.Path(url)
-  try:
-    path.exists()
-  except ImportError as error:
-    raise InputError(
-      f"{url}: {error}; pip install 'flaxmlm[gcs]' reads gs://"
-    ) from error
-  return path
+  if importlib.util.find_spec("gcsfs") is None:
+    raise InputError(f"{url}: reading it wants gcsfs; pip install -e '.[gcs]'")
+  return epath.Path(url)
 
 
 def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
@@ -81,7 +78,7 @@ def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
   try:
     text = (source / _MANIFEST).read_bytes()
     files = json.loads(text)["files"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except Exception as error:  # gcsfs has errors of many kinds
     raise InputError(
       f"{url}/{_MANIFEST}: no store can be read there ({error}); make one by"
       " python -m flaxmlm.prepare, and copy it there"
@@ -158,7 +155,10 @@ def localize(path: str) -> str:
     InputError: The bucket can't be read.
   """
   if not is_remote(path):
-    return path
+    url = origin(path)
+    if url is None:
+      return path
+    path = url
   url = path.rstrip("/")
   # Processes that train together may be on one machine.
   own = next((os.environ[n] for n in _PROCESS if n in os.environ), "0")
@@ -178,9 +178,14 @@ def localize(path: str) -> str:
       return folder  # who trains there has the newest
     _write(os.path.join(folder, ORIGIN), url.encode())
     try:
-      _pull(open_path(url), folder)
-    except OSError as error:
-      raise InputError(f"{url}: can't be read: {error}") from error
+      # What it listed earlier may have changed since.
+      source = open_path(url)
+      forget(url)
+      _pull(source, folder)
+    except InputError:
+      raise
+    except Exception as error:  # gcsfs has errors of many kinds
+      raise InputError(f"{url}: can't be read: {error!r}") from error
   return folder
 
 
@@ -204,6 +209,13 @@ def _pull(source: Any, folder: str, *, top: bool = True) -> None:
       _write(local, path.read_bytes())
 
 
+def forget(url: str) -> None:
+  """Forgets what has been listed of a bucket."""
+  import fsspec
+
+  fsspec.filesystem(url.partition("://")[0]).invalidate_cache()
+
+
 def origin(workdir: str) -> str | None:
   """Returns where a run is kept, if that is a bucket."""
   path = os.path.join(workdir, ORIGIN)
@@ -219,6 +231,20 @@ def checkpoints(workdir: str) -> str:
   if url is None:
     return os.path.abspath(os.path.join(workdir, "checkpoints"))
   return f"{url}/checkpoints"
+
+
+def list_checkpoints(workdir: str) -> list[str]:
+  """Returns the names of a run's checkpoints, those that are whole.
+
+  Here a checkpoint has its name once it is whole; in a bucket it has a file
+  that says so.
+  """
+  folder = checkpoints(workdir)
+  names = list_names(folder)
+  if not is_remote(folder):
+    return names
+  root = open_path(folder)
+  return [name for name in names if (root / name / _COMMITTED).exists()]
 
 
 def list_names(folder: str) -> list[str]:
@@ -241,7 +267,7 @@ def make_push(workdir: str) -> Callable[[], None]:
 
   def push() -> None:
     for folder, folders, names in os.walk(workdir):
-      folders[:] = [name for name in folders if name != "store"]
+      folders[:] = [n for n in folders if n not in ("store", "store.partial")]
       for name in names:
         path = os.path.join(folder, name)
         found = os.stat(path)

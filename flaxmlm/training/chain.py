@@ -144,5 +144,5 @@ def write_chain(workdir: str, phases: list[Phase]) -> None:
 
 def newest_step(workdir: str) -> int | None:
   """Returns the step of a run's newest checkpoint; None if there is none."""
-  names = remote.list_names(remote.checkpoints(workdir))
+  names = remote.list_checkpoints(workdir)
   return max((int(name) for name in names if name.isdigit()), default=None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,7 +68,10 @@ def make_mesh(
     shown = " ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     raise InputError(f"{shown} doesn't fit {count} devices")
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  grid = mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
