@@ -26,7 +26,6 @@ from flaxmlm.models.layers import (
   layer_norm,
 )
 from flaxmlm.models.model import Inputs, Model, assemble
-from flaxmlm.models.vocabulary import look_up
 
 
 class Embeddings(nn.Module):
@@ -53,8 +52,6 @@ class Embeddings(nn.Module):
     def embed(name: str, size: int, index: Array) -> Array:
       init = nn.initializers.truncated_normal(o["init_stddev"])
       table = nn.Embed(size, width, embedding_init=init, name=name)
-      if name == "word":
-        return look_up(table.embedding, index.reshape(-1), self.dtype)
       return table(index.reshape(-1))
 
     x = embed("word", self.vocab_size, inputs.ids)

@@ -29,7 +29,6 @@ from flaxmlm.models.layers import (
   layer_norm,
 )
 from flaxmlm.models.model import Inputs, Model, assemble
-from flaxmlm.models.vocabulary import look_up
 
 Turns = tuple[Float[Array, "B L 1 J"], Float[Array, "B L 1 J"]]
 """Cosine and sine of the J = K/2 angles of each token, for all heads."""
@@ -195,7 +194,7 @@ class Embeddings(nn.Module):
       self.vocab_size, o["width"], embedding_init=init, name="word"
     )
     x = layer_norm(o["norm_eps"], self.dtype, use_bias=False, name="norm")(
-      look_up(table.embedding, inputs.ids.reshape(-1), self.dtype)
+      table(inputs.ids.reshape(-1))
     )
     return dropout(x, dropout_keys, o["dropout"], site=0)
 

@@ -16,9 +16,9 @@ from flaxmlm import InputError
 
 AXES = ("data", "fsdp", "tensor")
 
-# Over the vocabulary, or where that doesn't divide over the width.
-_TABLE = (P(("fsdp", "tensor"), None), P("tensor", "fsdp"), P(None, "fsdp"))
-_TABLE_BIAS = (P(("fsdp", "tensor")), P("tensor"), P())
+# Over the vocabulary, or where that doesn't divide over the width alone.
+_TABLE = (P("tensor", "fsdp"), P(None, "fsdp"))
+_TABLE_BIAS = (P("tensor"), P())
 
 # The first pattern found in an array's path decides; of several places, the
 # first that divides. It holds for parameters and for the optimizer's state,

@@ -73,9 +73,9 @@ def make_train_step(
   The loss of a task is Σ nll·w / Σ w over the whole global batch, on any mesh
   and with any number of micro-batches: rows are corrupted first, so Σ w is
   known before the first micro-batch runs. Row r is in micro-batch r mod n, so
-  that each device's rows stay where they are. Devices along the axis `data`
-  each sum the gradients of their own rows; these are added up once, in float32,
-  after the last micro-batch.
+  that each device's rows stay where they are. Where every device has all
+  parameters, each sums the gradients of its own rows; these are added up once,
+  in float32, after the last micro-batch.
 
   Returns:
     `(state, batch, key) -> (state, sums)`; `key` is the run's, the same at
@@ -118,7 +118,7 @@ def make_train_step(
     return total
 
   gradients = own_gradients
-  if mesh.shape["data"] > 1:
+  if 1 < mesh.shape["data"] == mesh.size:
     # Left to itself, XLA reduces in bfloat16, and a tied table twice.
     gradients = jax.shard_map(
       lambda *given: jax.lax.psum(own_gradients(*given), "data"),
