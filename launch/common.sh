@@ -1,0 +1,99 @@
+# shellcheck shell=bash
+# What several scripts of this folder use; sourced by them. They all work in the
+# folder above.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+self=launch/${0##*/}
+dry_run='' args=()
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "error: $*"; exit 2; }
+
+# The comment at the head of a script is its help.
+help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$self"; exit 0; }
+
+# Runs a command, or shows it on a dry run.
+cloud() {
+  if [[ $dry_run ]]; then
+    show "$@"
+  else
+    "$@"
+  fi
+}
+
+# Prints a command as one could type it.
+show() {
+  local arg line=''
+  for arg in "$@"; do
+    [[ $arg =~ ^[A-Za-z0-9_./:=@,+-]+$ ]] || arg=${arg@Q}
+    line+=" $arg"
+  done
+  printf '%s\n' "${line# }"
+}
+
+# Waits so that a signal isn't kept waiting.
+pause() { sleep "$1" & wait $!; }
+
+# The keys of launch/cloud.env: what each looks like, as a regular expression.
+declare -A KEYS=(
+  [PROJECT]='[a-z][a-z0-9.:-]{4,}'
+  [NAME]='[a-z]([a-z0-9-]{0,38}[a-z0-9])?'
+  [ZONE]='[a-z]+-[a-z]+[0-9]+-[a-z]'
+  [ACCELERATOR]='v[0-9]+[a-z]*-[0-9]+'
+  [RUNTIME]='[a-z0-9.-]+'
+  [REGION]='[a-z]+-[a-z]+[0-9]+'
+  [GKE_ACCELERATOR]='tpu[a-z0-9-]+'
+  [GKE_TOPOLOGY]='[0-9]+x[0-9]+(x[0-9]+)?'
+  [GKE_CHIPS_PER_HOST]='[1-9][0-9]*'
+  [BUCKET]='gs://[a-z0-9._-]+'
+  [ALSO_COPY]='[^/].*|'
+  [POLL_SECONDS]='[0-9]+(\.[0-9]+)?'
+)
+
+# need PROGRAM...: stops if one isn't there.
+need() {
+  local name
+  for name in "$@"; do
+    [[ $dry_run ]] || command -v "$name" >/dev/null ||
+      fail "$name is missing; install it, or see what would be run: --dry-run"
+  done
+}
+
+# read_keys KEY...: reads launch/cloud.env and checks the keys that are named.
+read_keys() {
+  local file=${CLOUD_ENV:-launch/cloud.env} key line
+  [[ -e $file ]] ||
+    fail "$file is missing; copy launch/cloud.env.example and fill it in"
+  while read -r line || [[ $line ]]; do
+    key=${line%%=*}
+    [[ -z $line || $line == '#'* ]] || [[ -v KEYS[$key] && $line == *=* ]] ||
+      fail "$file: '$line' isn't KEY=VALUE with one of ${!KEYS[*]}"
+  done <"$file"
+  ALSO_COPY=''
+  # shellcheck source=/dev/null
+  source "$file"
+  for key in "$@"; do
+    [[ ${!key:-} ]] || [[ $key == ALSO_COPY ]] || fail "$file: $key is missing"
+    [[ ${!key:-} =~ ^(${KEYS[$key]})$ ]] ||
+      fail "$file: $key=${!key} doesn't look like ${KEYS[$key]}"
+  done
+}
+
+# The files that a run needs elsewhere. A config of one's own is one of them.
+code_files() {
+  local arg file
+  printf '%s\n' flaxmlm configs launch pyproject.toml setup.cfg README.md \
+    LICENSE
+  for arg in "${args[@]}"; do
+    [[ $arg == --config=* ]] || continue
+    file=${arg#*=}
+    [[ -f $file ]] || fail "--config=$file: there is no such file"
+    [[ $file != /* && $file != *..* ]] ||
+      fail "--config=$file is outside this folder, and isn't copied; move it in"
+    printf '%s\n' "$file"
+  done
+  for file in $ALSO_COPY; do
+    [[ -e $file ]] || fail "ALSO_COPY=$ALSO_COPY: there is no $file"
+    printf '%s\n' "$file"
+  done
+}
