@@ -7,10 +7,11 @@ self=launch/${0##*/}
 dry_run='' args=()
 
 say() { printf '%s\n' "$*" >&2; }
-fail() { say "error: $*"; exit 2; }
+fail() { say "error: $*"; exit 2; } # what was asked for is wrong
+die() { say "error: $*"; exit 1; } # something else is
 
 # The comment at the head of a script is its help.
-help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$self"; exit 0; }
+help() { sed -n '2,/^[^#]\|^$/s/^# \{0,1\}//p' "$self"; exit 0; }
 
 # Runs a command, or shows it on a dry run.
 cloud() {
@@ -23,9 +24,14 @@ cloud() {
 
 # Prints a command as one could type it.
 show() {
-  local arg line=''
+  local arg key line=''
   for arg in "$@"; do
-    [[ $arg =~ ^[A-Za-z0-9_./:=@,+-]+$ ]] || arg=${arg@Q}
+    if [[ ! $arg =~ ^[A-Za-z0-9_./:=@,+-]+$ ]]; then
+      key=''
+      [[ $arg =~ ^(--[a-z_.-]+=) ]] && key=${BASH_REMATCH[1]}
+      arg=${arg#"$key"}
+      arg=$key${arg@Q}
+    fi
     line+=" $arg"
   done
   printf '%s\n' "${line# }"

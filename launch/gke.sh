@@ -71,21 +71,32 @@ run() {
     trap 'exit 143' TERM
   fi
   make_cluster
-  local there='' # NAME and how it ended, of a JobSet from before
-  [[ $dry_run ]] || there=$(kube get jobset "$NAME" --ignore-not-found \
-    -o 'jsonpath={.metadata.name} {.status.terminalState}')
-  if [[ $there != "$NAME " ]]; then
-    [[ ! $there ]] || remove
+  if [[ $dry_run ]]; then
+    ended
+    make_image
+    kube apply -f -
+    printf '%s\n' "$manifest"
+    [[ $keep ]] || { last_line && remove; }
+    return
+  fi
+  local before
+  before=$(ended)
+  if [[ $before != "$NAME " ]]; then
+    [[ ! $before ]] || remove
     make_image
     kube apply -f - <<<"$manifest"
   fi
-  if [[ $dry_run ]]; then
-    printf '%s\n' "$manifest"
-    [[ $keep ]] || remove
-  elif [[ ! $keep ]]; then
-    follow
-  fi
+  [[ $keep ]] || follow
 }
+
+# ended: the JobSet's name, and Completed or Failed; nothing if there is none.
+ended() {
+  kube get jobset "$NAME" --ignore-not-found \
+    -o 'jsonpath={.metadata.name} {.status.terminalState}'
+}
+
+last_line() { kube logs --tail=1 "job/$NAME-slice-0" --container=train; }
+
 
 # jobset: gke.yaml, filled in.
 jobset() {
@@ -146,18 +157,20 @@ make_image() {
 
 # follow: until the JobSet has ended.
 follow() {
-  local end='' silent=0
-  while [[ ! $end ]]; do
+  local now silent=0
+  while :; do
     pause "$POLL_SECONDS"
-    if end=$(kube get jobset "$NAME" -o 'jsonpath={.status.terminalState}')
-    then
+    if now=$(ended); then
       silent=0
+      case $now in
+        "$NAME ") last_line || true ;;
+        "$NAME Completed") break ;;
+        *) die "the JobSet ended: ${now:-deleted}" ;;
+      esac
     else
-      ((++silent < 10)) || fail "the cluster doesn't answer"
+      ((++silent < 10)) || die "the cluster doesn't answer"
     fi
-    kube logs --tail=1 "job/$NAME-slice-0" --container=train || true
   done
-  [[ $end == Completed ]] || { say "error: the JobSet ended: $end"; exit 1; }
   say "all steps are done"
 }
 

@@ -103,8 +103,6 @@ run() {
   trained=1
 }
 
-die() { say "error: $*"; exit 1; }
-
 # state: what there is: none, waiting, ready, preempted, failed; or silent.
 state() {
   local rows
