@@ -85,21 +85,27 @@ read_keys() {
   done
 }
 
-# The files that a run needs elsewhere. A config of one's own is one of them.
+# The files that a run needs elsewhere: the code, and what the arguments name.
 code_files() {
-  local arg file
-  printf '%s\n' flaxmlm configs launch pyproject.toml setup.cfg README.md \
-    LICENSE
+  local arg value
   for arg in "${args[@]}"; do
     [[ $arg == --config=* ]] || continue
-    file=${arg#*=}
-    [[ -f $file ]] || fail "--config=$file: there is no such file"
-    [[ $file != /* && $file != *..* ]] ||
-      fail "--config=$file is outside this folder, and isn't copied; move it in"
-    printf '%s\n' "$file"
+    value=${arg#*=}
+    [[ -f $value ]] || fail "--config=$value: there is no such file"
+    [[ $value != /* && $value != *..* ]] ||
+      fail "--config=$value is outside this folder, and isn't copied; move it in"
   done
-  for file in $ALSO_COPY; do
-    [[ -e $file ]] || fail "ALSO_COPY=$ALSO_COPY: there is no $file"
-    printf '%s\n' "$file"
+  for value in $ALSO_COPY; do
+    [[ -e $value ]] || fail "ALSO_COPY=$ALSO_COPY: there is no $value"
   done
+  {
+    # shellcheck disable=SC2086 # words
+    printf '%s\n' flaxmlm configs launch pyproject.toml setup.cfg README.md \
+      LICENSE $ALSO_COPY
+    for arg in "${args[@]}"; do
+      value=${arg#*=}
+      [[ $arg != --config*=?* || $value == /* || $value == *..* ]] ||
+        compgen -G "$value" || true
+    done
+  } | sort -u
 }

@@ -147,21 +147,32 @@ look() {
 
 # start: code, packages, training, on all workers. Each does nothing twice.
 start() {
-  local bundle=${scratch:-/tmp}/flaxmlm.tgz names
+  local names
   mapfile -t names <<<"$files"
-  [[ $workdir == gs://* || $workdir == /* || ! -e $workdir ]] ||
-    names+=("$workdir")
-  cloud tar -czf "$bundle" --exclude=__pycache__ "${names[@]}" || return
-  cloud gcloud compute tpus tpu-vm scp "$bundle" "$NAME:flaxmlm.tgz" \
-    "${where[@]}" --worker=all --quiet || return
-  on all "mkdir -p flaxmlm && tar -xzf flaxmlm.tgz -C flaxmlm" || return
+  send flaxmlm.tgz "" "${names[@]}" || return
+  # What the machine has of the run already is newer.
+  if on_machine && [[ -e $workdir ]]; then
+    send run.tgz "[ -e flaxmlm/$(show "$workdir") ] || " "$workdir" || return
+  fi
   on all "$remote stop && $remote install tpu" || return
   on all "$remote start $(show "${args[@]}")"
 }
 
-# fetch: brings back the workdir, if it is on the machine alone.
+# send BUNDLE CONDITION NAMES: files, to all workers.
+send() {
+  local bundle=${scratch:-/tmp}/$1
+  cloud tar -czf "$bundle" --exclude=__pycache__ "${@:3}" || return
+  cloud gcloud compute tpus tpu-vm scp "$bundle" "$NAME:$1" "${where[@]}" \
+    --worker=all --quiet || return
+  on all "mkdir -p flaxmlm && { $2tar -xzf $1 -C flaxmlm; }"
+}
+
+# on_machine: whether the workdir is there alone.
+on_machine() { [[ $workdir != gs://* && $workdir != /* ]]; }
+
+# fetch: brings the workdir back.
 fetch() {
-  if [[ $workdir == gs://* || $workdir == /* ]]; then
+  if ! on_machine; then
     say "the run is in $workdir"
     return
   fi

@@ -449,6 +449,22 @@ def test_a_run_on_a_vm_leaves_nothing_but_its_workdir(cloud, workers):
   assert len(calls(cloud, "uv pip install")) == workers
 
 
+def test_what_the_arguments_name_travels(cloud):
+  for name in ("texts/a.txt", "texts/b c.txt", "also.py", "stays.txt"):
+    path = cloud / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+  env = cloud / "launch" / "cloud.env"
+  env.write_text(env.read_text() + "ALSO_COPY=also.py\n")
+  source = "--config.data.source=texts/*.txt"
+  out = launch(cloud, *VM, source, "--dry-run")
+  [line] = [t for t in out.splitlines() if t.startswith("tar -czf /tmp/flax")]
+  names = set(shlex.split(line)[4:])
+  assert names - set(CODE.split()) == {
+    *("texts/a.txt", "texts/b c.txt", "also.py", "configs/quickstart.py")
+  }
+
+
 @pytest.mark.parametrize(
   "fault", ["create", "scp", "uv ", "worker.sh start", "worker.sh state"]
 )
@@ -472,6 +488,15 @@ def test_training_that_fails_is_ended(cloud, fake, code, starts):
   assert ("Traceback" if fake == "crash" else "error: unknown key") in out
   assert machines(cloud) == []
   assert count(cloud / "runs/x/started") == starts
+
+
+def test_what_a_machine_has_isnt_replaced_by_what_was_fetched(cloud):
+  needs("tmux")
+  started = cloud / "runs/x/started"
+  started.parent.mkdir(parents=True)
+  started.write_text("once before\n")
+  launch(cloud, *VM, FAKE="crash", code=1)
+  assert count(started) == 1 + 3
 
 
 @pytest.mark.parametrize(
