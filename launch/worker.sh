@@ -70,7 +70,7 @@ session() {
 
 state() {
   local last=''
-  [[ -e train.log ]] && last=" | $(tail -n 1 train.log)"
+  [[ -e train.log ]] && last=" | $(tail -n 1 train.log | cut -c -200)"
   if running; then
     echo "running$last"
   elif [[ -e train.exit ]]; then
