@@ -7,8 +7,9 @@ configs/bert_mini.py (BERT 4x256) on paragraphs of real novels (see
 fiftieth of the paragraphs is held out, so validation has the same novels. First
 the pace of each objective is measured, for which the machine must be quiet:
 that gives the steps that fit. Reading, compiling and evaluating are not
-counted, and a run that something disturbs later loses no step. Rows of `next_sentence` and `sentence_order` hold
-a paragraph each and are less full than the others. Then, of each seed:
+counted, and a run that something disturbs later loses no step. Rows of
+`next_sentence` and `sentence_order` hold a paragraph each and are less full
+than the others. Then, of each seed:
 
 - the objective's own figure on held-out paragraphs;
 - the loss of 15 % of their tokens hidden by BERT's rule, the same for all; of

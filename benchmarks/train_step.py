@@ -28,10 +28,11 @@ import jax
 import numpy as np
 
 from benchmarks import report, turns
-from flaxmlm import config, models, objectives
+from flaxmlm import config
 from flaxmlm.objectives import Batch
-from flaxmlm.training import metrics, optimizers, sharding
-from flaxmlm.training.step import make_init, make_train_step, state_shapes
+from flaxmlm.train import make_parts
+from flaxmlm.training import metrics, sharding
+from flaxmlm.training.step import state_shapes
 
 MINE = "flaxmlm float32"
 SPECIALS = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
@@ -221,23 +222,8 @@ def make_step(
   }
   c = config.check_keys(keys, where="benchmark")
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, devices=devices)
-  model = models.build(c.model, vocab_size=V, dtype=dtype)
-  objective = objectives.build(
-    c.objective,
-    row_length=L,
-    vocab=SPECIALS | {"size": V},
-    steps=c.train.steps,
-  )
-  optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
-  init, places = make_init(model.init, optimizer, mesh)
-  train_step = make_train_step(
-    model,
-    objective,
-    optimizer,
-    optimizers.make_schedule(c.optimizer, steps=1000, peak=1e-4),
-    mesh=mesh,
-    state_sharding=places,
-    microbatches=1,
+  model, objective, init, places, train_step = make_parts(
+    c, SPECIALS | {"size": V}, mesh
   )
   ids, segments, positions = make_rows(shape)
   batch = Batch(

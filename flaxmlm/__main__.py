@@ -7,7 +7,8 @@ import pathlib
 
 from flaxmlm import config
 
-PROGRAMS = ("prepare", "preview", "train", "evaluate", "fill_mask", "export")
+PROGRAMS = ("prepare", "preview", "plan", "train")
+PROGRAMS += ("evaluate", "fill_mask", "export")
 
 
 def main() -> None:

@@ -706,9 +706,14 @@ def _validate_mesh(
 
 
 def _emulated_devices() -> int | None:
+  """Returns the CPU devices that the environment asks for, in all processes."""
   flags = os.environ.get("XLA_FLAGS", "")
   match = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
-  return int(match[1]) if match else None
+  count = os.environ.get("JAX_NUM_CPU_DEVICES", match and match[1])
+  processes = os.environ.get("JAX_NUM_PROCESSES", "1")
+  if count is None or not (count + processes).isdecimal():
+    return None
+  return int(count) * int(processes)
 
 
 def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -763,6 +768,7 @@ def parse(
   argv: Sequence[str] | None = None,
   *,
   huggingface: bool = False,
+  sources: bool = True,
 ) -> tuple[argparse.Namespace, ConfigDict]:
   """Returns a program's arguments and its config, checked and validated.
 
@@ -775,6 +781,7 @@ def parse(
     huggingface: Whether the workdir may be a Hugging Face folder. The keys of
       the model are those of the folder then, the tokenizer is the one there,
       and the other keys are at their defaults where nothing sets them.
+    sources: Whether the text must be there, unless its store is.
 
   Raises:
     InputError: See `load` and `validate`.
@@ -816,7 +823,8 @@ def parse(
   if None not in outs and len(set(map(os.path.realpath, outs))) == 1:
     raise InputError(f"--json and --html are one file, {outs[0]}; name another")
   made = os.path.join(workdir, "store", "manifest.json")
-  validate(config, sources=not (workdir and (given or os.path.exists(made))))
+  there = bool(workdir) and (given is not None or os.path.exists(made))
+  validate(config, sources=sources and not there)
   if args.print_config:
     sys.exit(0)
   return args, config
@@ -1048,7 +1056,10 @@ def run(main: Callable[[], None]) -> None:
     main()
     sys.stdout.flush()
   except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+      sys.stdout.flush()
+      os._exit(2)  # a proper end would wait for the other processes
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)

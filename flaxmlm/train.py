@@ -8,6 +8,7 @@ another run (docs/continue.md).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import itertools
@@ -15,18 +16,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
-from flaxmlm.training import memory
+from flaxmlm.training import hosts, memory
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
+  from jax.sharding import Mesh
   from ml_collections import ConfigDict
 
   from flaxmlm.data.rows import RowPlan
   from flaxmlm.data.store import TokenStore
+  from flaxmlm.models.model import Model
+  from flaxmlm.objectives import Objective
+  from flaxmlm.training.step import State, TrainStep
 
 
 _LONGEST_WORD = 12  # tokens on average; longer ones are no words
@@ -37,7 +42,12 @@ def main(argv: list[str] | None = None) -> None:
   began = time.perf_counter()
   args, c = config.parse(config.parser(__doc__), argv)
   workdir = os.path.abspath(args.workdir)
-  lock = claim_workdir(workdir, c)
+  process, processes = hosts.join()
+  if process == 0:
+    lock = claim_workdir(workdir, c)
+  else:  # the first one writes, and the others find it there
+    hosts.wait("the data", processes)
+    check_shared(workdir, c)
   held = None
   if c.train.continue_from is not None and newest_step(workdir) is None:
     held = hold_run(c.train.continue_from)
@@ -48,9 +58,11 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm import tokenizers
   from flaxmlm.data import batches
 
-  claim_store(workdir, store)
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
-  tokenizer.save(os.path.join(workdir, "tokenizer"))
+  if process == 0:
+    claim_store(workdir, store)
+    tokenizer.save(os.path.join(workdir, "tokenizer"))
+    hosts.wait("the data", processes)
   if validation.rows == 0:
     raise InputError(
       f"{store.folder} has no validation document; make another store with a"
@@ -60,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
   import jax
   import numpy as np
 
-  from flaxmlm import models, objectives
+  from flaxmlm import objectives
   from flaxmlm.inference.starting import continue_from, start_from
   from flaxmlm.models.model import count_parameters
   from flaxmlm.objectives import Batch, as_batch
@@ -69,50 +81,31 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints,
     loop,
     metrics,
-    optimizers,
     report,
     sharding,
   )
   from flaxmlm.training.step import (
     make_eval_step,
     make_guess_step,
-    make_init,
-    make_train_step,
     run_keys,
     state_shapes,
   )
 
   config.validate(c, devices=jax.device_count())
+  hosts.check_alike({"the store": store.hash, "JAX": jax.__version__})
 
   # The runs that this one goes on from, and itself.
   run = c.train.continue_from
   begun = chain.newest_step(workdir) is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
-  if not begun:
+  if process == 0 and not begun:
     chain.write_chain(workdir, [*before, phase])
 
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
   mesh = sharding.make_mesh(**c.mesh)
-  model = models.build(c.model, vocab_size=V, dtype=c.train.dtype)
-  objective = objectives.build(
-    c.objective, row_length=L, vocab=store.vocab, steps=c.train.steps
-  )
-  optimizer = optimizers.make_optimizer(c.optimizer, steps=c.train.steps)
-  init_params = functools.partial(
-    objectives.init_params, model=model, options=c.objective
-  )
-  init, state_sharding = make_init(init_params, optimizer, mesh)
-  train_step = make_train_step(
-    model,
-    objective,
-    optimizer,
-    optimizers.make_schedule(
-      c.optimizer, steps=c.train.steps, peak=c.optimizer.peak_lr
-    ),
-    mesh=mesh,
-    state_sharding=state_sharding,
-    microbatches=c.train.microbatches,
+  model, objective, init, state_sharding, train_step = make_parts(
+    c, store.vocab, mesh
   )
   log_unigram = metrics.log_unigram(
     store.counts, objectives.special_ids(store.vocab)
@@ -127,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
   guess_step = make_guess_step(
     model, objective, mesh=mesh, params_sharding=state_sharding.params
   )
-  shard = (jax.process_index(), jax.process_count())
+  shard = sharding.row_shard(mesh)
   others = config.wants_others(c)
 
   def put(batch: batches.HostBatch) -> Batch:
@@ -196,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     "peak": "unknown device, no MFU"
     if peak is None
     else f"{peak.flops / 1e12:,.3g} TFLOP/s ({peak.source})",
-    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    + (f" of {processes} processes" if processes > 1 else ""),
     "mesh": " x ".join(f"{n} {size}" for n, size in mesh.shape.items()),
     "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
   }
@@ -235,14 +229,18 @@ def main(argv: list[str] | None = None) -> None:
   first_guesses = []
   if not begun:
     first_guesses = guesses(state.params)
-    write_text(examples_path, json.dumps(first_guesses))
+    if process == 0:
+      write_text(examples_path, json.dumps(first_guesses))
   elif os.path.exists(examples_path):
     with open(examples_path, encoding="utf-8") as file:
       first_guesses = json.load(file)
 
-  with metrics.open_writer(
-    workdir, step=int(state.step), first=phase.first_step
-  ) as writer:
+  with contextlib.ExitStack() as stack:
+    write = metrics.discard
+    if process == 0:
+      step = int(state.step)
+      writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
+      write = stack.enter_context(writer).write
     state = loop.run(
       state,
       step_key,
@@ -250,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
       batch_at=batch_at,
       evaluate=evaluate,
       save=lambda state: checkpoints.save(checkpointer, state),
-      write=writer.write,
+      write=write,
+      vote=hosts.make_vote(),
       schedule=loop.Schedule(
         steps=c.train.steps,
         log_every=c.log.every,
@@ -271,19 +270,22 @@ def main(argv: list[str] | None = None) -> None:
   # The page, and what to do next.
   after = guesses(state.params)
   page = os.path.join(workdir, "report.html")
-  report.write(
-    page,
-    title=os.path.basename(workdir),
-    facts=facts,
-    metrics=metrics.read(os.path.join(workdir, "metrics.jsonl")),
-    config=config.to_flat(c),
-    tasks=list(objective.shares)[1:],
-    examples=[
-      new | {"before": old.get("guesses", []), "after": new["guesses"]}
-      for old, new in itertools.zip_longest(first_guesses, after, fillvalue={})
-    ],
-  )
-  lock.close()
+  if process == 0:
+    both = itertools.zip_longest(first_guesses, after, fillvalue={})
+    report.write(
+      page,
+      title=os.path.basename(workdir),
+      facts=facts,
+      metrics=metrics.read(os.path.join(workdir, "metrics.jsonl")),
+      config=config.to_flat(c),
+      tasks=list(objective.shares)[1:],
+      examples=[
+        new | {"before": old.get("guesses", []), "after": new["guesses"]}
+        for old, new in both
+      ],
+    )
+    lock.close()
+  hosts.wait("the end", processes)
   print(f"\nreport: {page}")
   if int(state.step) < c.train.steps:
     print(
@@ -293,6 +295,53 @@ def main(argv: list[str] | None = None) -> None:
     return
   print(f"done in {loop.clock(time.perf_counter() - began)}; try it:")
   print(f"  python -m flaxmlm.fill_mask --workdir={args.workdir}")
+
+
+class Parts(NamedTuple):
+  """What training is made of, apart from the data; see `make_parts`."""
+
+  model: Model
+  objective: Objective
+  init: Callable[..., State]
+  state_sharding: Any
+  train_step: TrainStep
+
+
+def make_parts(c: ConfigDict, vocab: Mapping[str, Any], mesh: Mesh) -> Parts:
+  """Returns model, objective and train step of a config, on a mesh.
+
+  Args:
+    c: The config.
+    vocab: See `objectives.build`.
+    mesh: Of `sharding.make_mesh`; its devices may be none of this machine's.
+  """
+  from flaxmlm import models, objectives
+  from flaxmlm.training import optimizers
+  from flaxmlm.training.step import make_init, make_train_step
+
+  steps = c.train.steps
+  model = models.build(c.model, vocab_size=vocab["size"], dtype=c.train.dtype)
+  objective = objectives.build(
+    c.objective, row_length=c.data.row_length, vocab=vocab, steps=steps
+  )
+  optimizer = optimizers.make_optimizer(c.optimizer, steps=steps)
+  schedule = optimizers.make_schedule(
+    c.optimizer, steps=steps, peak=c.optimizer.peak_lr
+  )
+  init_params = functools.partial(
+    objectives.init_params, model=model, options=c.objective
+  )
+  init, state_sharding = make_init(init_params, optimizer, mesh)
+  train_step = make_train_step(
+    model,
+    objective,
+    optimizer,
+    schedule,
+    mesh=mesh,
+    state_sharding=state_sharding,
+    microbatches=c.train.microbatches,
+  )
+  return Parts(model, objective, init, state_sharding, train_step)
 
 
 def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
@@ -343,6 +392,16 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
   except OSError as error:
     raise InputError(f"--workdir={workdir}: {error.strerror}") from error
   return lock
+
+
+def check_shared(workdir: str, c: ConfigDict) -> None:
+  """Raises InputError if the first process's workdir isn't seen from here."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path) or config.differences(config.from_json(path), c):
+    raise InputError(
+      f"--workdir={workdir} isn't the folder that the first process writes to,"
+      " or that has another config; take one on a disk that all of them see"
+    )
 
 
 def claim_store(workdir: str, store: TokenStore) -> None:

@@ -17,6 +17,7 @@ FLOORS = {
   "models": set(),
   "objectives": {"models"},
   "pages": {"tokenizers"},
+  "planning": {"training"},
   "training": {"models", "objectives", "pages"},
   "interop": {"models"},
   "inference": {
@@ -29,6 +30,7 @@ EXAMPLES = [
   path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text()
 ]
 PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask", "export"]
+PROGRAMS += ["plan"]
 
 
 def imports(path) -> set[str]:

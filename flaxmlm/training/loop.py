@@ -59,6 +59,7 @@ def run(
   evaluate: Callable[[Params], dict[str, float]],
   save: Callable[[State], None],
   write: Callable[[int, dict[str, float]], None],
+  vote: Callable[[bool], bool],
   schedule: Schedule,
   cost: Cost,
   shares: Mapping[str, float],
@@ -78,6 +79,7 @@ def run(
     evaluate: Returns metrics of the validation split.
     save: Saves a state in the background.
     write: Writes metrics of a step.
+    vote: Returns whether any process wants to stop: `hosts.make_vote`'s.
     schedule: When to log, evaluate, save and stop.
     cost: For throughput.
     shares: Weight of each task in the loss.
@@ -146,7 +148,8 @@ def run(
         values = report(step)
         host += time.perf_counter() - begin
       show.step(step, values)
-      saving = due(step, schedule.save_every) or bool(stop)
+      stopping = vote(bool(stop))
+      saving = due(step, schedule.save_every) or stopping
       if due(step, schedule.eval_every) or saving:
         jax.block_until_ready(sums)
         begin = time.perf_counter()
@@ -159,7 +162,7 @@ def run(
           last_saved = step
         paused += time.perf_counter() - begin
         idle += time.perf_counter() - begin
-      if stop:
+      if stopping:
         break
   if last_saved < int(state.step):
     save(state)

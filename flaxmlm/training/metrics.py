@@ -170,6 +170,10 @@ class Writer(NamedTuple):
       self.board.add_scalar(name, value, step)
 
 
+def discard(step: int, values: Mapping[str, float]) -> None:
+  """Writes nothing: for the processes that aren't the first one."""
+
+
 @contextmanager
 def open_writer(workdir: str, *, step: int, first: int = 0) -> Iterator[Writer]:
   """Opens WORKDIR/metrics.jsonl and WORKDIR/tensorboard for a run.

@@ -71,6 +71,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def row_shard(mesh: Mesh) -> tuple[int, int]:
+  """Returns which part of a batch this host's devices hold: (index, count).
+
+  The batch is cut into `count` blocks of rows. Hosts that are apart along the
+  axis `tensor` alone hold the same block.
+
+  Raises:
+    InputError: Hosts share some of their rows and not others.
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  places = batch_sharding(mesh).devices_indices_map((ways,))
+  held: dict[int, set[int]] = {}
+  for device, (part,) in places.items():
+    held.setdefault(device.process_index, set()).add(part.start or 0)
+  blocks = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, blocks)) != ways or len(set(map(len, blocks))) != 1:
+    shown = " ".join(f"mesh.{a}={mesh.shape[a]}" for a in AXES)
+    raise InputError(
+      f"{shown} gives hosts some rows in common and others not; let"
+      " mesh.tensor divide a host's devices, or be a multiple of them"
+    )
+  own = tuple(sorted(held[jax.process_index()]))
+  return blocks.index(own), len(blocks)
+
+
 def whole_rows(mesh: Mesh, rows: int) -> int:
   """Returns the number of rows, raised to what the devices can share."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -110,9 +135,13 @@ def tree_sharding(mesh: Mesh, shapes: Any) -> Any:
 def put_rows(mesh: Mesh, rows: Any) -> Any:
   """Puts this host's rows of a batch on its devices; the tree stays as it is.
 
-  The global batch is the hosts' rows one after the other.
+  They are those of `row_shard`. The global batch has the rows of all hosts.
   """
   sharding = batch_sharding(mesh)
+  _, count = row_shard(mesh)
   return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), rows
+    lambda x: jax.make_array_from_process_local_data(
+      sharding, x, (count * x.shape[0], *x.shape[1:])
+    ),
+    rows,
   )

@@ -1,0 +1,1 @@
+"""What a train step will take on chips that aren't here."""

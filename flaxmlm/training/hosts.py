@@ -1,0 +1,155 @@
+"""Several processes, on one machine or many, that train one model together.
+
+Each is given the same command line. They share the workdir; the first of them
+alone writes into it, and to the terminal. Without others there is nothing to
+do here, and JAX isn't imported.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flaxmlm import InputError
+
+# As JAX has them, and two that it lacks.
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
+PROCESSES, PROCESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# How long the others wait while the first one prepares the text.
+_PATIENCE_SECONDS = 7 * 24 * 3600
+# After the last meeting they all end within moments.
+_SHUTDOWN_SECONDS = 20
+
+
+def join() -> tuple[int, int]:
+  """Joins the other processes, if there are any; before any use of JAX.
+
+  They are those of the environment: JAX_COORDINATOR_ADDRESS (HOST:PORT of the
+  first one), JAX_NUM_PROCESSES and JAX_PROCESS_ID; on a Cloud TPU, under Slurm
+  and on GKE JAX finds them by itself.
+
+  Returns:
+    The number of this process, from 0, and how many there are.
+
+  Raises:
+    InputError: The environment says half of it.
+  """
+  given = {
+    name: os.environ[name]
+    for name in (ADDRESS, PROCESSES, PROCESS)
+    if name in os.environ
+  }
+  if not given and not _may_have_others():
+    return 0, 1
+  import jax
+
+  seconds = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
+  if given:
+    jax.distributed.initialize(*_checked(given), **seconds)
+  else:
+    try:
+      jax.distributed.initialize(**seconds)
+    except ValueError:  # a TPU that no cluster speaks of
+      return 0, 1
+  if jax.process_index() != 0:
+    # To the end of the process.
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+  return jax.process_index(), jax.process_count()
+
+
+def _checked(given: Mapping[str, str]) -> tuple[str, int, int]:
+  """Returns the address, the number of processes and that of this one."""
+  missing = {ADDRESS, PROCESSES, PROCESS} - set(given)
+  if missing:
+    raise InputError(
+      f"the environment has {', '.join(sorted(given))} without"
+      f" {', '.join(sorted(missing))}; set all three, or none"
+    )
+  texts = given[PROCESSES], given[PROCESS]
+  if not all(text.isdecimal() for text in texts) or not (
+    int(texts[1]) < int(texts[0])
+  ):
+    raise InputError(
+      f"the environment has {PROCESS}={texts[1]} of {PROCESSES}={texts[0]};"
+      " processes are counted from 0"
+    )
+  return given[ADDRESS], int(texts[0]), int(texts[1])
+
+
+def _may_have_others() -> bool:
+  """Whether this is a machine with a TPU, or one of several Slurm tasks."""
+  tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+  tasks = os.environ.get("SLURM_NTASKS", "1")
+  return bool(tpu) or (tasks != "1" and "SLURM_PROCID" in os.environ)
+
+
+def wait(name: str, count: int) -> None:
+  """Waits until all `count` processes have come to the meeting of this name."""
+  if count == 1:
+    return
+  from orbax.checkpoint import multihost
+
+  meet = multihost.get_barrier_sync_fn(processes=set(range(count)))
+  meet(key=f"flaxmlm/{name}", timeout_ms=1000 * _PATIENCE_SECONDS)
+
+
+def check_alike(values: Mapping[str, Any]) -> None:
+  """Raises InputError unless all processes have the same values.
+
+  Args:
+    values: What must be alike, by name.
+  """
+  import jax
+
+  if jax.process_count() == 1:
+    return
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  names = list(values)
+  own = np.stack(
+    [
+      np.frombuffer(hashlib.sha256(repr(values[n]).encode()).digest(), np.uint8)
+      for n in names
+    ]
+  )
+  every = multihost_utils.process_allgather(own)
+  unlike = (every != every[0]).any(axis=2)
+  for process, column in np.argwhere(unlike):
+    raise InputError(
+      f"{names[column]} isn't the same in process {process} as in process 0"
+      f" (here: {values[names[column]]}); start all alike"
+    )
+
+
+def make_vote() -> Callable[[bool], bool]:
+  """Returns `flag -> bool`: whether any process has said True.
+
+  All have to call it once a step. With several processes the answer is that of
+  two steps ago, the same in all of them, so that none waits for a device that
+  is still at work.
+  """
+  import jax
+  import numpy as np
+  from jax.sharding import AxisType, NamedSharding
+  from jax.sharding import PartitionSpec as P
+
+  if jax.process_count() == 1:
+    return bool
+  count = (jax.device_count(),)
+  mesh = jax.make_mesh(count, ("all",), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, P("all"))
+  gather = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, P()))
+  votes: collections.deque[Any] = collections.deque([False] * 3, maxlen=3)
+
+  def vote(flag: bool) -> bool:
+    own = np.full(jax.local_device_count(), flag)
+    votes.append(gather(jax.make_array_from_process_local_data(split, own)))
+    return bool(votes[0])
+
+  return vote

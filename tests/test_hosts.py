@@ -1,0 +1,198 @@
+"""Several processes train one model: real ones, joined by gloo."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import FLAGS, ROOT, lines, program
+
+STEPS = 8
+# A flip of the last bit of a sum of float32 grows over the steps.
+TOLERANCE = 2e-4
+ARGS = [
+  "--config=configs/quickstart.py",
+  f"--config.train.steps={STEPS}",
+  "--config.train.batch_size=16",
+  "--config.model.layers=1",
+  "--config.optimizer.warmup_steps=2",
+  "--config.checkpoint.every=2",
+  "--config.eval.every=0",
+  "--config.eval.rows=48",
+  "--config.log.every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+  out = tmp_path_factory.mktemp("hosts") / "store"
+  program("prepare", "--config=configs/quickstart.py", f"--out={out}")
+  return f"--config.data.store={out}"
+
+
+def start(
+  count: int, *args: str, devices: int = 8, each=()
+) -> list[subprocess.Popen]:
+  """Starts `count` processes that share so many devices.
+
+  `each` are arguments of a process's own.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  return [
+    subprocess.Popen(
+      [sys.executable, "-m", "flaxmlm.train", *args, *own],
+      cwd=ROOT,
+      env=os.environ
+      | {
+        "XLA_FLAGS": FLAGS,
+        "JAX_NUM_CPU_DEVICES": str(devices // count),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(number),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for number, own in enumerate(each or [[]] * count)
+  ]
+
+
+def finish(processes, codes=None) -> list[str]:
+  """Waits for processes; returns what each printed."""
+  printed = [p.communicate(timeout=300)[0] for p in processes]
+  found = [p.returncode for p in processes]
+  assert found == (codes or [0] * len(found)), "\n\n".join(printed)
+  return printed
+
+
+def losses(workdir) -> np.ndarray:
+  """Losses of a run, each step once, validation last."""
+  metrics = lines(workdir / "metrics.jsonl")
+  train = [line for line in metrics if "train/loss" in line]
+  assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+  evals = [line["eval/loss"] for line in metrics if "eval/loss" in line]
+  assert len(evals) == 2
+  return np.array([line["train/loss"] for line in train] + evals)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, store) -> np.ndarray:
+  """Losses of the run in one process of eight devices."""
+  workdir = tmp_path_factory.mktemp("hosts") / "alone"
+  finish(start(1, *ARGS, store, f"--workdir={workdir}"))
+  return losses(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("count", "mesh"),
+  [
+    (2, {}),
+    (4, {"fsdp": 4}),
+    # Both hosts hold all rows.
+    (2, {"data": 1, "tensor": 8, "heads": 8}),
+    # Two hosts hold the same half of them.
+    (4, {"tensor": 4, "heads": 8}),
+  ],
+)
+def test_any_number_of_processes_is_the_same_run(
+  count, mesh, alone, store, tmp_path
+):
+  keys = [f"--config.mesh.{k}={v}" for k, v in mesh.items() if k != "heads"]
+  if mesh.get("heads"):
+    keys.append(f"--config.model.heads={mesh['heads']}")
+    finish(start(1, *ARGS, keys[-1], store, f"--workdir={tmp_path}/alone"))
+    alone = losses(tmp_path / "alone")
+  workdir = tmp_path / "run"
+  first, *others = finish(
+    start(count, *ARGS, *keys, store, f"--workdir={workdir}")
+  )
+  np.testing.assert_allclose(losses(workdir), alone, atol=TOLERANCE, rtol=0)
+  assert first.count(f"step {STEPS}/{STEPS}  loss") == 1
+  assert not any("step " in printed for printed in others)
+
+
+@pytest.mark.slow
+def test_one_is_killed_and_the_same_line_goes_on(alone, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  processes = start(2, *line)
+  while not (tmp_path / "run" / "checkpoints" / "4").exists():
+    assert processes[0].poll() is None
+    time.sleep(0.02)
+  processes[1].send_signal(signal.SIGKILL)
+  processes[0].communicate(timeout=150)
+  assert processes[0].returncode != 0
+  first, _ = finish(start(2, *line))
+  assert "going on after step" in first
+  np.testing.assert_allclose(
+    losses(tmp_path / "run"), alone, atol=TOLERANCE, rtol=0
+  )
+
+
+@pytest.mark.slow
+def test_one_is_asked_to_stop_and_all_stop_at_the_same_step(
+  alone, store, tmp_path
+):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  processes = start(2, *line)
+  while '"step": 2,' not in (
+    (tmp_path / "run" / "metrics.jsonl").read_text()
+    if (tmp_path / "run" / "metrics.jsonl").exists()
+    else ""
+  ):
+    assert processes[0].poll() is None
+    time.sleep(0.02)
+  processes[1].send_signal(signal.SIGTERM)
+  first, _ = finish(processes)
+  assert "stopped after step" in first
+  finish(start(2, *line))
+  np.testing.assert_allclose(
+    losses(tmp_path / "run"), alone, atol=TOLERANCE, rtol=0
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["--config.seed=1", "--workdir=elsewhere"])
+def test_another_config_or_folder_is_refused(other, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  given = other.replace("elsewhere", f"{tmp_path}/elsewhere")
+  first, second = start(2, *line, each=[[], [given]])
+  said = second.communicate(timeout=120)[0]
+  assert second.returncode == 2
+  assert "take one on a disk that all of them see" in said.splitlines()[-1]
+  first.communicate(timeout=150)
+  assert first.returncode != 0
+
+
+@pytest.mark.parametrize(
+  ("environment", "said"),
+  [
+    ({"JAX_NUM_PROCESSES": "2"}, "without JAX_COORDINATOR_ADDRESS"),
+    (
+      {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "2",
+      },
+      "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2",
+    ),
+  ],
+)
+def test_half_an_environment_is_refused(environment, said, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "flaxmlm.train", *ARGS, f"--workdir={tmp_path}/a"],
+    cwd=ROOT,
+    env=os.environ | environment,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert said in done.stderr
+  assert len(done.stderr.splitlines()) == 1
