@@ -18,6 +18,7 @@ from conftest import ROOT, environment, lines, program
 SCRIPTS = sorted((ROOT / "launch").glob("*.s[hb]*"))
 CODE = "flaxmlm configs launch pyproject.toml setup.cfg README.md LICENSE"
 CONFIG = "--config=configs/quickstart.py"
+SLOW = pytest.mark.slow
 # Stands in for python: training that takes no time, by what FAKE says.
 FAKE = r"""#!/usr/bin/env bash
 [[ $1 == -m ]] || exec {python} "$@"
@@ -439,7 +440,7 @@ def test_the_example_has_every_key(cloud):
 # One VM and its end.
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=SLOW)])
 def test_a_run_on_a_vm_leaves_nothing_but_its_workdir(cloud, workers):
   needs("tmux")
   out = launch(cloud, *VM, FAKE="done", WORKERS=str(workers))
@@ -451,6 +452,19 @@ def test_a_run_on_a_vm_leaves_nothing_but_its_workdir(cloud, workers):
     .endswith(f"-m flaxmlm.train --workdir=runs/x {CONFIG}\n")
   )
   assert len(calls(cloud, "uv pip install")) == workers
+
+
+def test_the_guide_shows_what_the_scripts_do(cloud):
+  example = (ROOT / "launch" / "cloud.env.example").read_text()
+  env = example.replace("NAME=flaxmlm", "NAME=novels")
+  (cloud / "launch" / "cloud.env").write_text(env)
+  (cloud / "stores" / "novels").mkdir(parents=True)
+  guide = (ROOT / "docs" / "launch.md").read_text()
+  lines = re.findall(r"^launch/(tpu_\w+\.sh run .*)$", guide, re.M)
+  vm, pod = (launch(cloud, *shlex.split(t), "--dry-run") for t in lines)
+  assert f"```\n{vm.split(chr(10), 1)[1]}```" in guide
+  create = next(t for t in pod.splitlines() if "create" in t)
+  assert f"{create}\n...\n{pod.splitlines()[-1]}\n" in guide
 
 
 def test_what_the_arguments_name_travels(cloud):
@@ -472,7 +486,13 @@ def test_what_the_arguments_name_travels(cloud):
 @pytest.mark.parametrize(
   "fault", ["create", "scp", "uv ", "worker.sh start", "worker.sh state"]
 )
-@pytest.mark.parametrize("script", [VM, [*POD[:2], "--workdir=/tmp", CONFIG]])
+@pytest.mark.parametrize(
+  "script",
+  [
+    pytest.param(VM, marks=SLOW, id="vm"),
+    pytest.param([*POD[:2], "--workdir=/tmp", CONFIG], id="pod"),
+  ],
+)
 def test_a_script_that_fails_in_the_middle_leaves_no_machine(
   cloud, script, fault
 ):
@@ -484,7 +504,8 @@ def test_a_script_that_fails_in_the_middle_leaves_no_machine(
 
 
 @pytest.mark.parametrize(
-  ("fake", "code", "starts"), [("crash", 1, 3), ("bad", 2, 1)]
+  ("fake", "code", "starts"),
+  [pytest.param("crash", 1, 3, marks=SLOW), ("bad", 2, 1)],
 )
 def test_training_that_fails_is_ended(cloud, fake, code, starts):
   needs("tmux")
@@ -494,6 +515,7 @@ def test_training_that_fails_is_ended(cloud, fake, code, starts):
   assert count(cloud / "runs/x/started") == starts
 
 
+@pytest.mark.slow
 def test_what_a_machine_has_isnt_replaced_by_what_was_fetched(cloud):
   needs("tmux")
   started = cloud / "runs/x/started"
@@ -504,7 +526,12 @@ def test_what_a_machine_has_isnt_replaced_by_what_was_fetched(cloud):
 
 
 @pytest.mark.parametrize(
-  "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+  "number",
+  [
+    signal.SIGINT,
+    pytest.param(signal.SIGTERM, marks=SLOW),
+    pytest.param(signal.SIGHUP, marks=SLOW),
+  ],
 )
 def test_an_interrupted_run_is_saved_and_fetched(cloud, number):
   needs("tmux")
@@ -521,6 +548,7 @@ def test_an_interrupted_run_is_saved_and_fetched(cloud, number):
   assert count(cloud / "runs/x/started") == 2
 
 
+@pytest.mark.slow
 def test_a_killed_script_is_taken_over(cloud):
   needs("tmux")
   process = begin(cloud, *VM, FAKE="forever")
@@ -542,6 +570,7 @@ def test_a_killed_script_is_taken_over(cloud):
   assert machines(cloud) == []
 
 
+@pytest.mark.slow
 def test_kept_machines_are_deleted_by_hand(cloud):
   needs("tmux")
   out = launch(cloud, *VM, "--keep", FAKE="done")
