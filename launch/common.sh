@@ -93,7 +93,7 @@ code_files() {
     value=${arg#*=}
     [[ -f $value ]] || fail "--config=$value: there is no such file"
     [[ $value != /* && $value != *..* ]] ||
-      fail "--config=$value is outside this folder, and isn't copied; move it in"
+      fail "--config=$value is outside this folder; move it in"
   done
   for value in $ALSO_COPY; do
     [[ -e $value ]] || fail "ALSO_COPY=$ALSO_COPY: there is no $value"

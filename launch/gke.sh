@@ -2,7 +2,7 @@
 # Trains on a TPU slice of Google Kubernetes Engine: launch/gke.sh COMMAND ARGS
 #
 #   run ARGS    makes the cluster and the image if need be, trains as a JobSet
-#               (gke.yaml), follows it, deletes the JobSet; with it go the chips.
+#               (gke.yaml), follows it, deletes the JobSet and so the chips.
 #               ARGS are those of flaxmlm.train. The same line again goes on.
 #   status      the JobSet, its pods and nodes
 #   log         follows what the first host prints

@@ -37,7 +37,9 @@ main() {
     run) run ;;
     status) status ;;
     log) on 0 "tail -n 40 -f flaxmlm/train.log" ;;
-    fetch) [[ $workdir ]] || fail "which run? name it by --workdir=DIR"; fetch ;;
+    fetch)
+      [[ $workdir ]] || fail "which run? name it by --workdir=DIR"
+      fetch ;;
     delete) delete ;;
     '') help ;;
     *) fail "$command: there is run, status, log, fetch and delete" ;;
@@ -62,25 +64,25 @@ run() {
   trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  local now silent=0 starts=0 before=''
+  local now silent=0 starts=0 answered='' before=''
   while :; do
     now=$(state)
     [[ $now == "$before" ]] || say "$NAME: $now"
     before=$now
     case $now in
       none)
-        starts=0
+        starts=0 answered=''
         create || now=silent ;;
       waiting) pause "$POLL_SECONDS" ;;
       ready)
-        now=$(look) || now=silent
+        if now=$(look); then answered=1; else now=silent; fi
         case $now in
           running*) pause "$POLL_SECONDS" ;;
           done) break ;;
           bad\ input) fail "train refused its arguments, see above" ;;
           start)
-            ((starts++ < GIVE_UP)) || die "training failed $GIVE_UP times"
-            start || now=silent ;;
+            ((starts++ < GIVE_UP)) || give_up
+            start || pause "$POLL_SECONDS" ;;
         esac ;;
       preempted)
         [[ $spot ]] || die "$NAME was taken away"
@@ -91,17 +93,19 @@ run() {
       silent=0
     elif ((++silent < GIVE_UP)); then
       pause "$POLL_SECONDS"
-    elif [[ $spot && $before == ready ]]; then
+    elif [[ $spot && $answered ]]; then # Google may be late to say so
       say "$NAME doesn't answer; it is replaced"
       remove || true
       silent=0
     else
-      die "gave up on $NAME after $GIVE_UP tries, see above"
+      give_up
     fi
   done
   say "all steps are done"
   trained=1
 }
+
+give_up() { die "gave up on $NAME after $GIVE_UP tries, see above"; }
 
 # state: what there is: none, waiting, ready, preempted, failed; or silent.
 state() {
@@ -185,6 +189,7 @@ fetch() {
 
 # finish: saves, fetches and deletes, as far as there is something.
 finish() {
+  [[ ! $keep || ${trained:-} || $dry_run ]] || return 0 # it goes on there
   if [[ $dry_run || $(state) == ready ]]; then
     [[ ${trained:-} ]] || on all "$remote stop" || true
     fetch || say "could not fetch $workdir"

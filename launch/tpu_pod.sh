@@ -2,9 +2,9 @@
 # Trains on all hosts of a TPU slice: launch/tpu_pod.sh COMMAND [OPTIONS] [ARGS]
 #
 #   run ARGS    queues for the slice, copies the code, installs, trains in tmux
-#               on each host, deletes the slice. ARGS are those of flaxmlm.train.
-#               However it ends, the slice is deleted; the same line again goes
-#               on.
+#               on each host, deletes the slice. ARGS are those of
+#               flaxmlm.train. However it ends, the slice is deleted; the same
+#               line again goes on.
 #   status      what there is, and the last line of training
 #   log         follows what training prints
 #   delete      deletes the slice, or takes the request back
@@ -12,7 +12,7 @@
 #   --spot      cheaper, and may be taken away: it is then queued for again, and
 #               training goes on, until the steps are done
 #   --dry-run   shows the commands, and runs none
-#   --keep      leaves the slice, to be deleted by you
+#   --keep      leaves the slice, to be deleted by you; Ctrl-C lets it train on
 #
 # The workdir is gs://BUCKET/…, or by absolute path a folder that all hosts
 # share. Project, zone and type come from launch/cloud.env (cloud.env.example).

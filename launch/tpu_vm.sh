@@ -11,7 +11,8 @@
 #   delete                deletes the VM
 #
 #   --dry-run             shows the commands, and runs none
-#   --keep                leaves the VM, to be deleted by you
+#   --keep                leaves the VM, to be deleted by you; it trains on
+#                         after a Ctrl-C
 #
 # Project, zone and type come from launch/cloud.env (cloud.env.example).
 set -euo pipefail

@@ -490,7 +490,7 @@ def test_what_the_arguments_name_travels(cloud):
   "script",
   [
     pytest.param(VM, marks=SLOW, id="vm"),
-    pytest.param([*POD[:2], "--workdir=/tmp", CONFIG], id="pod"),
+    pytest.param([*POD[:3], "--workdir=/tmp", CONFIG], id="pod"),
   ],
 )
 def test_a_script_that_fails_in_the_middle_leaves_no_machine(
