@@ -136,6 +136,8 @@ def begin(cloud: pathlib.Path, *args: str, **more: str) -> subprocess.Popen:
     stderr=subprocess.STDOUT,
     text=True,
     start_new_session=True,
+    # It may be ignored here, by a shell that runs the tests in the background.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
