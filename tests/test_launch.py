@@ -13,7 +13,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, environment, lines, program
+from conftest import ROOT, environment, lines
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.s[hb]*"))
 CODE = "flaxmlm configs launch pyproject.toml setup.cfg README.md LICENSE"
@@ -136,8 +136,23 @@ def begin(cloud: pathlib.Path, *args: str, **more: str) -> subprocess.Popen:
     stderr=subprocess.STDOUT,
     text=True,
     start_new_session=True,
-    # It may be ignored here, by a shell that runs the tests in the background.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    preexec_fn=heed_signals,
+  )
+
+
+def heed_signals() -> None:
+  """A shell that runs the tests in the background has them ignored."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
+
+def train(*args: str) -> None:
+  subprocess.run(
+    [sys.executable, "-m", "flaxmlm.train", *args],
+    cwd=ROOT,
+    env=environment(),
+    check=True,
+    timeout=900,
   )
 
 
@@ -593,7 +608,7 @@ def test_a_machine_that_cant_be_deleted_is_told_of(cloud):
 def test_spot_is_taken_away_and_the_run_goes_on(cloud, tmp_path):
   needs("tmux")
   args = tiny(200)
-  program("train", *args, f"--workdir={tmp_path}/alone")
+  train(*args, f"--workdir={tmp_path}/alone")
   store = f"--config.data.store={tmp_path}/alone/store"
   run = tmp_path / "share" / "run"
   process = begin(
@@ -772,7 +787,7 @@ def test_two_processes_train_as_one_does(tmp_path):
   ):
     pytest.skip("train joins no other process yet")
   args = tiny(20)
-  program("train", *args, f"--workdir={tmp_path}/alone")
+  train(*args, f"--workdir={tmp_path}/alone")
   store = f"--config.data.store={tmp_path}/alone/store"
   path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
   line = ["launch/local.sh", "--processes=2", f"--workdir={tmp_path}/two"]
