@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -95,8 +96,14 @@ def make_cloud(folder: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def cloud(tmp_path) -> pathlib.Path:
-  return make_cloud(tmp_path)
+def cloud(tmp_path) -> Iterator[pathlib.Path]:
+  cloud = make_cloud(tmp_path)
+  yield cloud
+  # What a test that failed has left running.
+  (tmp_path / "faults").unlink(missing_ok=True)
+  for name in machines(cloud):
+    line = ["gcloud", "compute", "tpus", "tpu-vm", "delete", name]
+    subprocess.run(line, env=variables(cloud), check=True)
 
 
 def variables(cloud: pathlib.Path, **more: str) -> dict[str, str]:
