@@ -101,7 +101,7 @@ KEYS: dict[str, Key] = {
   "model.local_attention": Key(128, int, "ModernBERT: window of the other layers, half of it to each side.", unit="tokens", low=2),
   "model.global_rope_theta": Key(160_000.0, float, "ModernBERT: rotary base of the layers that see everything.", low=1),
   "model.local_rope_theta": Key(10_000.0, float, "ModernBERT: rotary base of the others.", low=1),
-  "model.attention": Key("auto", str, "What computes attention (docs/attention.md): `xla` runs everywhere, `splash` on TPUs, `cudnn` on NVIDIA's GPUs in bfloat16; `auto` takes the best that can. No part of what a model is: another machine may take another.", choices=("auto", "xla", "splash", "cudnn")),
+  "model.attention": Key("auto", str, "What computes attention (docs/attention.md): `xla` runs everywhere, `splash` on TPUs, `cudnn` on NVIDIA's GPUs in bfloat16, `row` on TPUs without dropout, on trial; `auto` takes the best that can, never `row`. No part of what a model is: another machine may take another.", choices=("auto", "xla", "splash", "cudnn", "row")),
   "model.remat": Key("none", str, "What the backward pass computes again to save memory: nothing; all but the products with weights (`dots`); whole layers (`full`). See docs/training.md.", choices=("none", "dots", "full")),
   "model.scan_layers": Key(False, bool, "Whether one compiled layer runs N times: compiles faster, runs slower. See docs/training.md."),
   "model.dropout": Key(0.1, float, "Dropout of embeddings and layer outputs, in steps of 1/256.", low=0, high=0.9),
@@ -493,6 +493,11 @@ def validate(
     " or take auto or xla",
   )
   need(
+    backend != "row" or (family != "modernbert" and c.mesh.tensor == 1),
+    "model.attention=row is for BERT's layers (no modernbert) whole on a device"
+    " (mesh.tensor=1); take auto",
+  )
+  need(
     backend != "splash" or c.data.row_length >= 512,
     f"model.attention=splash, but data.row_length={c.data.row_length} is less"
     " than 512; take auto or xla",
@@ -557,7 +562,7 @@ def validate(
   if c.data.store is not None:
     manifest = os.path.join(c.data.store, "manifest.json")
     need(
-      os.path.isfile(manifest),
+      "://" in manifest or os.path.isfile(manifest),
       f"data.store={c.data.store}: no store (manifest.json) there; make it by"
       f" python -m flaxmlm.prepare --out={c.data.store}",
     )
@@ -787,10 +792,13 @@ def parse(
     InputError: See `load` and `validate`.
   """
   from flaxmlm.interop.families import is_folder
+  from flaxmlm.storage.remote import list_names, localize, origin
   from flaxmlm.training.chain import newest_step
 
   args, overrides = parser.parse_known_args(argv)
-  path, workdir = args.config, getattr(args, "workdir", None) or ""
+  path, workdir = args.config, localize(getattr(args, "workdir", None) or "")
+  if workdir:
+    args.workdir = workdir
   given = workdir if workdir and is_folder(workdir) else None
   if given and not huggingface:
     raise InputError(
@@ -823,7 +831,11 @@ def parse(
   if None not in outs and len(set(map(os.path.realpath, outs))) == 1:
     raise InputError(f"--json and --html are one file, {outs[0]}; name another")
   made = os.path.join(workdir, "store", "manifest.json")
-  there = bool(workdir) and (given is not None or os.path.exists(made))
+  url = origin(workdir) if workdir else None
+  if url is not None:
+    there = "manifest.json" in list_names(f"{url}/store")
+  else:
+    there = bool(workdir) and (given is not None or os.path.exists(made))
   validate(config, sources=sources and not there)
   if args.print_config:
     sys.exit(0)

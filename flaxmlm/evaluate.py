@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config
 from flaxmlm.interop import families
+from flaxmlm.storage.remote import localize
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("--json", metavar="FILE", help="write the figures here")
   args, keys = parser.parse_known_args(argv)
+  args.workdir = localize(args.workdir)
   if args.task not in TASKS:
     raise InputError(f"--task={args.task}: wants one of {', '.join(TASKS)}")
   if args.rows is not None and args.rows < 1:

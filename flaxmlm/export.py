@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError, config, load
+from flaxmlm.storage.remote import localize
 
 if TYPE_CHECKING:
   import numpy as np
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
   from flaxmlm.models.model import count_parameters
   from flaxmlm.tokenizers.exporting import to_json
 
+  args.workdir = localize(args.workdir)
   m = load(args.workdir)
   if m.tokenizer is None or not {"mlm", "discriminator"} & set(m.params):
     missing = "MLM head" if m.tokenizer else "tokenizer"

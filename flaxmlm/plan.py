@@ -55,13 +55,6 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("--gpu", metavar="KINDxN", help="GPUs: h100x8, a100x8")
   parser.add_argument(
-    "--slices",
-    type=int,
-    default=1,
-    metavar="N",
-    help="so many TPU slices; mesh.data goes over them",
-  )
-  parser.add_argument(
     "--search",
     action="store_true",
     help="compare meshes, what is recomputed, micro-batches and attention",
@@ -78,13 +71,14 @@ def main(argv: list[str] | None = None) -> None:
   args, c = config.parse(parser, argv, sources=False)
   if (args.tpu is None) == (args.gpu is None):
     raise InputError("name the chips: --tpu=v5e:4x4 or --gpu=h100x8")
-  if args.slices < 1 or (args.slices > 1 and args.gpu):
-    raise InputError(f"--slices={args.slices}: wants TPU slices, one or more")
 
+  # Before JAX is imported, by what follows too: it is to see no device of this
+  # machine, and to ask no server for the TPU that it has not.
+  os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
   from flaxmlm.planning import chips
 
   chosen = chips.parse_tpu(args.tpu) if args.tpu else chips.parse_gpu(args.gpu)
-  devices = find_devices(chosen, slices=args.slices)
+  devices = find_devices(chosen)
   config.validate(c, devices=len(devices), sources=False)
   if args.search:
     values = search(c, chosen, devices, args)
@@ -96,22 +90,16 @@ def main(argv: list[str] | None = None) -> None:
       file.write("\n")
 
 
-def find_devices(chosen: Slice, *, slices: int) -> Sequence[jax.Device]:
+def find_devices(chosen: Slice) -> Sequence[jax.Device]:
   """Returns the devices of a slice that isn't here.
-
-  JAX is imported here, for a CPU.
 
   Raises:
     InputError: libtpu isn't installed, or knows no such slice.
   """
-  # Instead of asking a metadata server for the TPU that this machine has not.
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-  os.environ["JAX_PLATFORMS"] = "cpu"
   if chosen.chip.clock is None:
-    flag = f"--xla_force_host_platform_device_count={chosen.count}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     import jax
 
+    jax.config.update("jax_num_cpu_devices", chosen.count)
     return jax.devices()
   if importlib.util.find_spec("libtpu") is None:
     wanted = [
@@ -125,10 +113,9 @@ def find_devices(chosen: Slice, *, slices: int) -> Sequence[jax.Device]:
     )
   from jax.experimental import topologies
 
-  more = {"num_slices": slices} if slices > 1 else {}
   try:
     return topologies.get_topology_desc(
-      platform="tpu", topology_name=chosen.name, **more
+      platform="tpu", topology_name=chosen.name
     ).devices
   except Exception as error:  # whatever the plugin raises, of its own kinds
     first = str(error).splitlines()[0]
@@ -163,6 +150,8 @@ def plan(
     price=args.price,
   )
   print_plan(values)
+  if not values["fits"]:
+    values["would_fit"] = find_fitting(c, chosen, devices)
   if args.where:
     own = tokens / len(devices)
     rows = prediction.where(hlo.costs(program), own)
@@ -290,7 +279,11 @@ def estimate(
     period = c.model.global_attn_every_n_layers
   elif c.model.family == "albert":
     period = c.model.num_hidden_groups
-  short, long = (changed(c, {"model.layers": n * period}) for n in (1, 2))
+  # Of scanned layers, one and two would be programs of other kinds.
+  short, long = (
+    changed(c, {"model.layers": n * period, "model.scan_layers": False})
+    for n in (1, 2)
+  )
   if c.model.layers <= long.model.layers:
     return compile_step(c, chosen, devices)[0]
   measured = prediction.extend(
@@ -314,8 +307,12 @@ def find_fitting(
 ) -> dict[str, Any] | None:
   """Looks for what saves enough memory at the least cost, and prints it."""
   for keys in savings(c, devices):
+    if all(config.to_flat(c)[key] == value for key, value in keys.items()):
+      continue
     try:
-      estimate(changed(c, keys), chosen, devices)
+      option = changed(c, keys)
+      config.validate(option, devices=len(devices), sources=False)
+      estimate(option, chosen, devices)
     except (TooLargeError, InputError):
       continue
     shown = " ".join(f"--config.{key}={value}" for key, value in keys.items())
@@ -398,7 +395,8 @@ def print_plan(values: Mapping[str, Any]) -> None:
   """Prints a plan for people."""
   gib = 2**30
   total, there = values["memory_total"], values["memory_of_chip"]
-  print(f"\nmemory of a chip  {total / gib:.2f} GiB of {there / gib:.0f}")
+  fits = "" if values["fits"] else ": it doesn't fit"
+  print(f"\nmemory of a chip  {total / gib:.2f} GiB of {there / gib:.0f}{fits}")
   for name, size in values["memory"].items():
     print(f"{name:>18}  {size / gib:.2f} GiB")
   print(
@@ -406,7 +404,8 @@ def print_plan(values: Mapping[str, Any]) -> None:
     f" {values['flops_ratio']:.3f} of the formula"
   )
   print(f"HBM a token       {values['bytes_per_token'] / 1e6:,.2f} MB")
-  print(f"cycles            {values['cycles_ratio']:.2f} x pure products")
+  if values["cycles_ratio"] != 1:  # else the compiler said nothing of them
+    print(f"cycles            {values['cycles_ratio']:.2f} x pure products")
   if values["collectives"]:
     print("\ncollectives of a step")
   for row in values["collectives"]:

@@ -6,30 +6,24 @@ r"""Makes a token store out of text: cleans, tokenizes, splits, de-duplicates.
 The folder has the tokenizer too: `train --config.data.store=DIR` needs nothing
 else. A run that was killed goes on where it was when it is started again; a
 store that is finished is left as it is. The store is the same, byte for byte,
-for any number of processes.
+for any number of processes, and on many machines by --runner (docs/scale.md).
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
-import hashlib
+import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
-import random
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent import futures
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError
 from flaxmlm import config as config_lib
@@ -37,19 +31,11 @@ from flaxmlm import config as config_lib
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
-  from flaxmlm.data.sources import BadRecords, Document
-  from flaxmlm.data.store import Shard, TokenStore
+  from flaxmlm.data.sources import BadRecords
+  from flaxmlm.data.store import Choose, TokenStore
+  from flaxmlm.preparing.documents import Part
+  from flaxmlm.preparing.shards import Recipe
   from flaxmlm.tokenizers import Tokenizer
-  from flaxmlm.tokenizers.vocab import Encoded
-
-# Characters of a shard: large enough to keep a process busy for a fraction of a
-# second, small enough for its tokens to be a few MB.
-SHARD_CHARS = 4 << 20
-# A tokenizer's sample is drawn from so many times its size, not from more.
-_OVERSAMPLE = 8
-_SAMPLE_FILES = 16
-_BLOCK_CHARS = 1 << 20
-_PAIR_BORDER = "\x1e"  # "record separator"
 
 # Called with bytes, documents and tokens that have been done so far.
 Update = Callable[[int, int, int], None]
@@ -66,20 +52,34 @@ def main() -> None:  # noqa: D103
   parser.add_argument(
     "--json", metavar="FILE", help="write the closing table here as JSON"
   )
-  args, config = config_lib.parse(parser)
+  parser.add_argument(
+    "--runner",
+    metavar="NAME",
+    help="run under Apache Beam: DirectRunner, FlinkRunner, SparkRunner, ...;"
+    " what stands behind `--` are Beam's own options",
+  )
+  words = sys.argv[1:]
+  end = words.index("--") if "--" in words else len(words)
+  given, options = words[:end], words[end + 1 :]
+  args, config = config_lib.parse(parser, given)
   if args.dry_run:
     print_dry_run(config)
     return
   if args.out is None:
     raise InputError("--out=DIR is missing: the folder of the store")
+  if "://" in args.out:
+    raise InputError(
+      f"--out={args.out}: make the store in a folder here, then copy that"
+    )
   if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
     raise InputError(f"--json={args.json}: no such folder")
+  beam = _beam_arguments(args.runner, options)
 
   from flaxmlm.data import rows, store
 
   finished = os.path.exists(os.path.join(args.out, store.MANIFEST))
   seconds: dict[str, float] = {}
-  made = prepare_store(config, args.out, seconds=seconds)
+  made = prepare_store(config, args.out, seconds=seconds, beam=beam)
   if finished:
     store.verify(made)
     print(f"{args.out}: nothing to do, the store is finished and undamaged")
@@ -97,9 +97,9 @@ def main() -> None:  # noqa: D103
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(facts, file, indent=2)
       file.write("\n")
-  given = [f"--config={args.config}"] if args.config else []
-  given += [a for a in sys.argv[1:] if a.startswith("--config.")]
-  line = [*given, f"--config.data.store={args.out}", "--workdir=runs/NAME"]
+  line = [f"--config={args.config}"] if args.config else []
+  line += [a for a in given if a.startswith("--config.")]
+  line += [f"--config.data.store={args.out}", "--workdir=runs/NAME"]
   print(f"store: {args.out}")
   print(f"next:  python -m flaxmlm.train {shlex.join(line)}")
 
@@ -110,18 +110,22 @@ def prepare_store(
   *,
   progress: bool = True,
   seconds: dict[str, float] | None = None,
+  beam: Sequence[str] | None = None,
 ) -> TokenStore:
   """Makes the store of a config at `out`, or opens the one that is there.
 
   Work in progress is kept in `OUT.partial`; a later call with the same config
   goes on from there, with another config it starts over. Memory is bounded: by
-  some shards a process, whatever the size of the text.
+  some shards a process, whatever the size of the text, and 20 bytes a document
+  (by Apache Beam, none).
 
   Args:
     config: The keys under `data` and `tokenizer` are used.
     out: Folder of the store.
     progress: Whether to show progress, on standard output.
     seconds: Is filled with how long each stage took.
+    beam: Arguments of Apache Beam, `--runner=NAME` among them, which does the
+      work then. None: the processes of this machine do it.
 
   Returns:
     The open store.
@@ -129,10 +133,11 @@ def prepare_store(
   Raises:
     InputError: `out` holds something else or the store of another config, or
       another process is making it; a source can't be read; nothing is left to
-      train on or to validate with.
+      train on or to validate with; a worker died.
   """
   from flaxmlm import tokenizers
-  from flaxmlm.data import store
+  from flaxmlm.data import sources, store
+  from flaxmlm.preparing import documents, shards
 
   given = load_tokenizer(config)
   spec = store_spec(config, given)
@@ -165,21 +170,37 @@ def prepare_store(
       os.rename(unfinished, folder)
     tokenizer = tokenizers.load(folder)
     finished("tokenizer")
-    with _progress(progress, _total_bytes(config)) as update:
-      paths, bad, size = _tokenize(
-        config, partial, folder, tokenizer.fingerprint, update
-      )
+    bad = sources.BadRecords()
+    # What can be known to be wrong without reading is said before any of it.
+    specs = documents.all_sources(config)
+    sources.read(specs, **documents.reading(config), bad=bad)
+    recipe = shards.Recipe(
+      os.path.join(partial, "shards"),
+      folder,
+      tokenizer.fingerprint,
+      config.data.cleaning.to_dict(),
+    )
+    parts = documents.cut(config)
+    make = _by_pool
+    if beam is not None:
+      make = functools.partial(_by_beam, beam)
+      if progress:
+        print(f"tokenizing by Apache Beam: {len(parts):,} parts", flush=True)
+    with _progress(progress, documents.total_bytes(config)) as update:
+      paths, size, choose = make(config, parts, recipe, bad, update)
     finished("tokens")
     if progress:
       for message in _bad_lines(bad):
         print(message)
+      if beam is not None:
+        print("looking for copies by Apache Beam", flush=True)
       print("putting the store together", flush=True)
     manifest = store.assemble(
       final,
       paths,
       vocab=tokenizer.vocab._asdict(),
       validation_fraction=config.data.validation_fraction,
-      validation_source=_first_validation_source(config),
+      validation_source=documents.first_validation_source(config),
       deduplicate=config.data.cleaning.deduplicate,
       facts={
         "spec": spec,
@@ -187,6 +208,7 @@ def prepare_store(
         "bytes": size,
         "bad_records": bad.count,
       },
+      choose=choose,
     )
     _check_not_empty(manifest, config)
     if progress and manifest["smallest_held_out"]:
@@ -221,8 +243,9 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
     InputError: A source can't be read, there is no text, or too little of it.
   """
   from flaxmlm import tokenizers
+  from flaxmlm.preparing import documents
 
-  texts = _tokenizer_texts(config)
+  texts = documents.tokenizer_texts(config)
   first = next(texts, None)
   if first is None:
     raise InputError(
@@ -238,95 +261,6 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
     lowercase=config.tokenizer.lowercase,
     words=config.tokenizer.words,
     sample_chars=config.tokenizer.sample_chars,
-  )
-
-
-def tokenize_shard(
-  documents: Iterable[Document],
-  tokenizer: Tokenizer,
-  cleaning: Mapping[str, Any],
-) -> Shard:
-  """Cleans and tokenizes documents: a pure function, run anywhere.
-
-  Args:
-    documents: What was read.
-    tokenizer: Turns text into ids.
-    cleaning: The keys under `data.cleaning`.
-
-  Returns:
-    The documents that are left and what became of the others.
-  """
-  import numpy as np
-
-  from flaxmlm.data import store
-
-  counts: Counter[str] = Counter(read=0)
-  changed: Counter[str] = Counter()
-  kept = []
-  for document in documents:
-    counts["read"] += 1
-    document = _clean(document, cleaning, changed)
-    if document is not None:
-      kept.append(document)
-  every = iter(tokenizer.encode_batch([t for d in kept for t in d.texts]))
-  encoded = [
-    next(every) if d.pair is None else _join(next(every), next(every), d.label)
-    for d in kept
-  ]
-  lengths = np.array([len(e.ids) for e in encoded], np.int64)
-  some = np.flatnonzero(lengths)
-  counts["too_short"] = changed.pop("too_short", 0)
-  counts["empty"] = len(lengths) - len(some)
-  counts.update({f"cleaned:{step}": n for step, n in changed.items()})
-  dtype = store.id_dtype(tokenizer.vocab.size)
-  return store.Shard(
-    ids=np.concatenate([np.zeros(0, dtype), *(e.ids for e in encoded)]).astype(
-      dtype
-    ),
-    flags=np.concatenate([np.zeros(0, "u1"), *(e.flags for e in encoded)]),
-    lengths=lengths[some],
-    characters=np.array([sum(map(len, kept[i].texts)) for i in some], np.int64),
-    fingerprints=np.array([_fingerprint(kept[i]) for i in some], np.uint64),
-    sources=np.array([d.source for d in kept], np.uint16)[some],
-    counts=counts,
-  )
-
-
-def _clean(
-  document: Document, cleaning: Mapping[str, Any], counts: Counter[str]
-) -> Document | None:
-  """Returns a document with clean texts, None if one of them is too short."""
-  from flaxmlm.data.cleaning import clean
-
-  texts = []
-  for raw in document.texts:
-    text = clean(raw, cleaning, counts)
-    if text is None:
-      return None
-    texts.append(text)
-  return document._replace(**dict(zip(("text", "pair"), texts, strict=False)))
-
-
-def _fingerprint(document: Document) -> int:
-  """Returns the fingerprint of clean text, or of both, whatever the label."""
-  from flaxmlm.data.cleaning import fingerprint
-
-  return fingerprint(_PAIR_BORDER.join(document.texts))
-
-
-def _join(first: Encoded, second: Encoded, label: int) -> Encoded:
-  """Returns a pair's tokens, the second text's first with the label."""
-  import numpy as np
-
-  from flaxmlm.data import store
-
-  if not len(first.ids) or not len(second.ids):
-    return first._replace(ids=first.ids[:0], flags=first.flags[:0])
-  flags = second.flags.copy()
-  flags[0] |= store.PAIR_START | label << store.LABEL_SHIFT
-  return first._replace(
-    ids=np.concatenate([first.ids, second.ids]),
-    flags=np.concatenate([first.flags, flags]),
   )
 
 
@@ -432,11 +366,14 @@ def print_summary(facts: Mapping[str, Any]) -> None:
 
 def print_dry_run(config: ConfigDict) -> None:
   """Prints the first ten documents before and after cleaning."""
+  from flaxmlm.data import sources
   from flaxmlm.data.cleaning import clean
-  from flaxmlm.data.sources import BadRecords
+  from flaxmlm.preparing import documents
 
-  bad = BadRecords()
-  first_ten = itertools.islice(_documents(config, bad), 10)
+  bad = sources.BadRecords()
+  specs = config_lib.as_tuple(config.data.source)
+  read = sources.read(specs, **documents.reading(config), bad=bad)
+  first_ten = itertools.islice(read, 10)
   for where, raw in ((d.where, text) for d in first_ten for text in d.texts):
     counts: Counter[str] = Counter()
     text = clean(raw, config.data.cleaning, counts)
@@ -456,7 +393,31 @@ def print_dry_run(config: ConfigDict) -> None:
     print(message)
 
 
-# Steps of prepare_store, in order.
+# Steps of the program and of prepare_store, in order.
+
+
+def _beam_arguments(runner: str | None, options: list[str]) -> list[str] | None:
+  """Returns the arguments of Apache Beam, if it is to do the work.
+
+  Raises:
+    InputError: There is no Beam here, or it doesn't take them.
+  """
+  if runner is None:
+    if options:
+      raise InputError(
+        f"-- {shlex.join(options)}: options of Apache Beam, and no"
+        " --runner=NAME before them"
+      )
+    return None
+  if importlib.util.find_spec("apache_beam") is None:
+    raise InputError(
+      f"--runner={runner} needs Apache Beam: pip install -e '.[beam]'"
+    )
+  from flaxmlm.preparing import beam
+
+  arguments = [f"--runner={runner}", *options]
+  beam.start(arguments)
+  return arguments
 
 
 def _source_spec(source: str | tuple[str, ...] | None) -> list | None:
@@ -536,49 +497,12 @@ def _started(
     yield
 
 
-def _documents(
-  config: ConfigDict,
-  bad: BadRecords | None = None,
-  *,
-  validation: bool = False,
-  files: tuple[str, ...] | None = None,
-) -> Iterator[Document]:
-  """Returns the training documents, then validation's own if asked for.
-
-  With `files`, those of these files alone are taken for training.
-  """
-  from flaxmlm.data import sources
-
-  specs = files or config_lib.as_tuple(config.data.source)
-  if validation:
-    specs += config_lib.as_tuple(config.data.validation_source or ())
-  return sources.read(
-    specs,
-    text_field=config.data.text_field,
-    pair_field=config.data.pair_field,
-    label_field=config.data.label_field,
-    labels=config.objective.labels or (),
-    document=config.data.document,
-    encoding=config.data.encoding,
-    on_bad_record=config.data.on_bad_record,
-    max_bad_records=config.data.max_bad_records,
-    tfds_dir=config.data.tfds_dir,
-    bad=bad,
-  )
-
-
-def _first_validation_source(config: ConfigDict) -> int | None:
-  if config.data.validation_source is None:
-    return None
-  return len(config_lib.as_tuple(config.data.source))
-
-
 def _check_outside(partial: str, config: ConfigDict) -> None:
   """Raises InputError if a source takes what we write for text."""
   from flaxmlm.data import sources
+  from flaxmlm.preparing import documents
 
-  specs = config_lib.as_tuple(config.data.source)
-  specs += config_lib.as_tuple(config.data.validation_source or ())
+  specs = documents.all_sources(config)
   ours = os.path.join(os.path.realpath(partial), "")
   for spec in specs:
     if any(os.path.realpath(p).startswith(ours) for p in sources.files([spec])):
@@ -589,228 +513,53 @@ def _check_outside(partial: str, config: ConfigDict) -> None:
       )
 
 
-def _total_bytes(config: ConfigDict) -> int | None:
-  """Returns the size of the text, or None where it can't be known."""
-  from flaxmlm.data import sources
-
-  specs = config_lib.as_tuple(config.data.source)
-  specs += config_lib.as_tuple(config.data.validation_source or ())
-  files = [sources.files([spec]) for spec in specs]
-  plain = all(
-    path.endswith((".txt", ".jsonl", ".json", ".csv", ".tsv"))
-    for named in files
-    for path in named
-  )
-  if not plain or not all(files):
-    return None
-  return sum(os.path.getsize(path) for named in files for path in named)
-
-
-def _tokenizer_texts(config: ConfigDict) -> Iterator[str]:
-  """Yields cleaned training text for a tokenizer to draw its sample from.
-
-  Reading and cleaning all of a large corpus twice would take long for a small
-  sample. Of more than eight times the sample, a random part is taken (of
-  documents over a million characters, some blocks of lines: only there,
-  validation text may be among it); of more than thirty-two times, that part
-  comes from a random part of the files, sixteen at least.
-  """
-  from flaxmlm.data import store
-
-  total = _total_bytes(config) or 0
-  wanted = _OVERSAMPLE * config.tokenizer.sample_chars
-  files = None
-  if total > wanted:
-    files, total = _some_files(config, 4 * wanted)
-  documents = _documents(config, files=files)
-  if total > wanted:
-    blocks = (d._replace(text=t) for d in documents for t in _blocks(d.text))
-    draw = random.Random(0)
-    documents = (d for d in blocks if draw.random() < wanted / total)
-  bound = 0
-  if config.data.validation_source is None:
-    bound = store.validation_bound(config.data.validation_fraction)
-  counts: Counter[str] = Counter()
-  for document in documents:
-    cleaned = _clean(document, config.data.cleaning, counts)
-    if cleaned is not None and _fingerprint(cleaned) >= bound:
-      yield from cleaned.texts
-
-
-def _some_files(config: ConfigDict, wanted: int) -> tuple[tuple[str, ...], int]:
-  """Returns random training files of `wanted` bytes together, and their size.
-
-  They stay in their order. There are sixteen at least, or all that there are.
-  """
-  from flaxmlm.data import sources
-
-  files = sources.files(config_lib.as_tuple(config.data.source))
-  order = list(range(len(files)))
-  random.Random(0).shuffle(order)
-  chosen, size = [], 0
-  for number in order:
-    if size >= wanted and len(chosen) >= _SAMPLE_FILES:
-      break
-    chosen.append(number)
-    size += os.path.getsize(files[number])
-  return tuple(files[number] for number in sorted(chosen)), size
-
-
-def _blocks(text: str) -> Iterator[str]:
-  """Cuts a text at line ends into blocks of at most `_BLOCK_CHARS`."""
-  start = 0
-  while len(text) - start > _BLOCK_CHARS:
-    end = text.rfind("\n", start, start + _BLOCK_CHARS) + 1
-    end = end if end > start else start + _BLOCK_CHARS
-    yield text[start:end]
-    start = end
-  yield text[start:]
-
-
-class _Task(NamedTuple):
-  path: str
-  documents: list[Document]
-  folder: str  # of the tokenizer
-  fingerprint: str
-  cleaning: dict[str, Any]
-
-
-class _Done(NamedTuple):
-  path: str
-  documents: int
-  tokens: int
-  bytes: int
-
-
-def _tokenize(
+def _by_pool(
   config: ConfigDict,
-  partial: str,
-  folder: str,
-  fingerprint: str,
+  parts: Sequence[Part],
+  recipe: Recipe,
+  bad: BadRecords,
   update: Update,
-) -> tuple[list[str], BadRecords, int]:
-  """Writes the shards; returns them, the bad records and the bytes of text."""
-  from flaxmlm.data.sources import BadRecords
+) -> tuple[list[str], int, Choose]:
+  """Writes the shards; returns them, bytes of text, how to find copies."""
+  from flaxmlm.data import store
+  from flaxmlm.preparing import documents, pool, shards
 
-  bad = BadRecords()
-  documents = _documents(config, bad, validation=True)
-  tasks = (
-    _Task(
-      os.path.join(partial, "shards", f"{number:06d}.npz"),
-      part,
-      folder,
-      fingerprint,
-      config.data.cleaning.to_dict(),
-    )
-    for number, part in enumerate(_shards(documents))
-  )
-  first = list(itertools.islice(tasks, 2))
-  processes = config.data.processes or _cores()
-  # Starting processes takes longer than a single shard.
-  processes = processes if len(first) == 2 else 1
+  tasks = shards.tasks(enumerate(parts), documents.reading(config), recipe, bad)
   paths = []
   total = Counter()
-  for done in _run(itertools.chain(first, tasks), processes):
+  for done in pool.run(tasks, config.data.processes):
     paths.append(done.path)
     total.update(done._asdict() | {"path": 0})
     update(total["bytes"], total["documents"], total["tokens"])
-  return paths, bad, total["bytes"]
+  return paths, total["bytes"], store.choose_in_memory
 
 
-def _cores() -> int:
-  """Returns how many cores this process may use, where that can be known."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+def _by_beam(
+  arguments: Sequence[str],
+  config: ConfigDict,
+  parts: Sequence[Part],
+  recipe: Recipe,
+  bad: BadRecords,
+  update: Update,
+) -> tuple[list[str], int, Choose]:
+  """As `_by_pool`, by Apache Beam."""
+  from flaxmlm.preparing import beam, documents
 
-
-def _shards(documents: Iterable[Document]) -> Iterator[list[Document]]:
-  """Cuts documents into parts of some `SHARD_CHARS`, each at least one."""
-  part: list[Document] = []
-  size = 0
-  for document in documents:
-    part.append(document)
-    size += sum(map(len, document.texts))
-    if size >= SHARD_CHARS:
-      yield part
-      part, size = [], 0
-  if part:
-    yield part
-
-
-def _run(tasks: Iterable[_Task], processes: int) -> Iterator[_Done]:
-  """Does the tasks, some at a time, and yields what is done in their order."""
-  if processes == 1:
-    yield from map(_do, tasks)
-    return
-  pool = futures.ProcessPoolExecutor(
-    processes,
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=_start_worker,
+  recipe = recipe._replace(
+    folder=os.path.abspath(recipe.folder),
+    tokenizer=os.path.abspath(recipe.tokenizer),
   )
-  pending: collections.deque[futures.Future[_Done]] = collections.deque()
-  try:
-    for task in tasks:
-      pending.append(pool.submit(_do, task))
-      if len(pending) > processes:
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
-  except futures.process.BrokenProcessPool as error:
-    raise InputError(
-      "a process died, perhaps for want of memory: with fewer of them"
-      " (data.processes) it goes on where it was; or the program that started"
-      ' it is a script without `if __name__ == "__main__":`'
-    ) from error
-  finally:
-    pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-  """Makes a worker end when its parent does, even by SIGKILL.
-
-  It would wait for ever: workers hold the writing end of their own queue.
-  """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def watch() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-@functools.cache
-def _tokenizer_at(folder: str, fingerprint: str) -> Tokenizer:
-  """Loads a tokenizer once; another one in the same folder is another."""
-  from flaxmlm import tokenizers
-
-  return tokenizers.load(folder)
-
-
-def _do(task: _Task) -> _Done:
-  """Makes a shard unless it is there already, made of the same text."""
-  from flaxmlm.data import store
-
-  tokenizer = _tokenizer_at(task.folder, task.fingerprint)
-  texts = [text for d in task.documents for text in d.texts]
-  head = [
-    task.fingerprint,
-    task.cleaning,
-    [(d.source, d.pair is None, d.label) for d in task.documents],
-    [*map(len, texts)],
-  ]
-  data = "".join(texts).encode("utf-8", "surrogatepass")
-  digest = hashlib.sha256(json.dumps(head).encode())
-  digest.update(data)
-  key = digest.hexdigest()
-  tokens = store.shard_tokens(task.path, key)
-  if tokens is None:
-    shard = tokenize_shard(task.documents, tokenizer, task.cleaning)
-    store.save_shard(task.path, shard, key)
-    tokens = len(shard.ids)
-  return _Done(task.path, len(task.documents), tokens, len(data))
+  options = documents.reading(config)
+  if options["tfds_dir"] and "://" not in options["tfds_dir"]:
+    options["tfds_dir"] = os.path.abspath(options["tfds_dir"])
+  job = beam.Job(os.path.dirname(recipe.folder), options, recipe)
+  results = beam.tokenize(job, parts, arguments, bad, update)
+  done = [done for result in results for done in result.shards]
+  return (
+    [shard.path for shard in done],
+    sum(shard.bytes for shard in done),
+    functools.partial(beam.choose, job, results, arguments),
+  )
 
 
 def _bad_lines(bad: BadRecords) -> Iterator[str]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
+from flaxmlm.storage import remote
 from flaxmlm.training import hosts, memory
 from flaxmlm.training.chain import newest_step
 
@@ -41,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
   """Trains a model in a workdir."""
   began = time.perf_counter()
   args, c = config.parse(config.parser(__doc__), argv)
-  workdir = os.path.abspath(args.workdir)
   process, processes = hosts.join()
+  workdir = os.path.abspath(args.workdir)
+  push = remote.make_push(workdir)
   if process == 0:
     lock = claim_workdir(workdir, c)
   else:  # the first one writes, and the others find it there
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
   if process == 0:
     claim_store(workdir, store)
     tokenizer.save(os.path.join(workdir, "tokenizer"))
+    push()
     hosts.wait("the data", processes)
   if validation.rows == 0:
     raise InputError(
@@ -92,14 +95,16 @@ def main(argv: list[str] | None = None) -> None:
   )
 
   config.validate(c, devices=jax.device_count())
-  hosts.check_alike({"the store": store.hash, "JAX": jax.__version__})
+  newest = chain.newest_step(workdir)
+  alike = {"the store": store.hash, "the newest checkpoint": newest}
+  hosts.check_alike(alike | {"JAX": jax.__version__})
 
   # The runs that this one goes on from, and itself.
-  run = c.train.continue_from
-  begun = chain.newest_step(workdir) is not None
+  run, begun = c.train.continue_from, newest is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
   if process == 0 and not begun:
     chain.write_chain(workdir, [*before, phase])
+    push()
 
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
@@ -166,6 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     shown = jax.device_get(guess_step(params, put(batch)))
     return report.guesses(*shown, tokens=tokenizer.tokens)
 
+  def save(state: State) -> None:
+    if process == 0:
+      push()  # first: no checkpoint is there without what belongs to it
+    checkpoints.save(checkpointer, state)
+
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
   shapes = state_shapes(init, state_sharding)
@@ -205,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
 
   examples_path = os.path.join(workdir, "examples.json")
   checkpointer = checkpoints.open_folder(
-    os.path.join(workdir, "checkpoints"), keep=c.checkpoint.keep
+    remote.checkpoints(workdir), keep=c.checkpoint.keep
   )
   state = checkpoints.restore(checkpointer, shapes)
   if state is not None:
@@ -222,6 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         print,
         options=c,
       )
+      # Of host arrays: what lies on one host's device can't go to all hosts.
+      given = jax.tree.map(np.asarray, given)
       placed = jax.device_put(given, state_sharding.params)
       state = state._replace(params=placed)
   if held is not None:
@@ -247,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
       train_step=train_step,
       batch_at=batch_at,
       evaluate=evaluate,
-      save=lambda state: checkpoints.save(checkpointer, state),
+      save=save,
       write=write,
       vote=hosts.make_vote(),
       schedule=loop.Schedule(
@@ -284,9 +296,11 @@ def main(argv: list[str] | None = None) -> None:
         for old, new in both
       ],
     )
+    push()
     lock.close()
   hosts.wait("the end", processes)
-  print(f"\nreport: {page}")
+  shown = remote.origin(workdir)
+  print(f"\nreport: {f'{shown}/report.html' if shown else page}")
   if int(state.step) < c.train.steps:
     print(
       f"stopped after step {int(state.step):,} of {c.train.steps:,}; the same"
@@ -294,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     return
   print(f"done in {loop.clock(time.perf_counter() - began)}; try it:")
-  print(f"  python -m flaxmlm.fill_mask --workdir={args.workdir}")
+  print(f"  python -m flaxmlm.fill_mask --workdir={shown or args.workdir}")
 
 
 class Parts(NamedTuple):
@@ -396,11 +410,15 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
 
 def check_shared(workdir: str, c: ConfigDict) -> None:
   """Raises InputError if the first process's workdir isn't seen from here."""
+  url = remote.origin(workdir)
+  if url is not None:
+    workdir = remote.localize(url)
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path) or config.differences(config.from_json(path), c):
     raise InputError(
-      f"--workdir={workdir} isn't the folder that the first process writes to,"
-      " or that has another config; take one on a disk that all of them see"
+      f"--workdir={url or workdir} isn't the folder that the first process"
+      " writes to, or that has another config; take one on a disk that all of"
+      " them see"
     )
 
 
@@ -501,13 +519,20 @@ def open_data(
   from flaxmlm import prepare
   from flaxmlm.data.store import open_store
 
-  own = os.path.join(workdir, "store")
+  own, url = os.path.join(workdir, "store"), remote.origin(workdir)
   if c.data.store is not None:
     store = open_store(c.data.store)
+  elif url is not None and "manifest.json" in remote.list_names(f"{url}/store"):
+    store = open_store(f"{url}/store")
+    if newest_step(workdir) is None:
+      wanted = prepare.store_spec(c, prepare.load_tokenizer(c))
+      prepare.check_same(store.manifest["spec"], wanted, f"{url}/store")
   elif newest_step(workdir) is not None:
     store = open_store(own)
   else:
     store = prepare.prepare_store(c, own)
+    if url is not None:
+      remote.push_store(own, f"{url}/store")
   spec = store.manifest["spec"]
   if c.data.store is not None:
     check_spec(spec, c)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxmlm import InputError, config, models
-from flaxmlm.models import Inputs, attention
+from flaxmlm.models import Inputs, attention, row_attention
 from flaxmlm.training import sharding
 
 
@@ -422,3 +422,43 @@ def test_cudnn_is_xla():
     env=env | {"JAX_PLATFORMS": "cuda"},
     check=True,
   )
+
+
+@pytest.mark.parametrize(("heads", "width"), [(2, 128), (4, 64), (3, 48)])
+def test_the_kernel_of_whole_rows_is_plain_attention(heads, width):
+  """Values and gradients, interpreted; heads that fill the lanes or don't."""
+  random = np.random.default_rng(0)
+  B, L, K = 3, 64, width // heads
+  projected = jnp.asarray(random.normal(size=(B, L, 3 * width)), jnp.float32)
+  bias = jnp.asarray(random.normal(size=3 * width), jnp.float32)
+  ends = np.sort(random.integers(1, L, (B, 2)), axis=1)
+  segments = jnp.asarray(
+    (np.arange(L) >= ends[:, :1]).astype(np.int32)
+    + (np.arange(L) >= ends[:, 1:])
+    + 1
+  )
+  weights = jnp.asarray(random.normal(size=(B, L, width)), jnp.float32)
+
+  def kernel(projected, bias):
+    mixed = row_attention.attend(
+      projected, bias, segments, heads=heads, interpret=True
+    )
+    return jnp.sum(mixed * weights), mixed
+
+  def plain(projected, bias):
+    parts = jnp.split(projected + bias, 3, axis=2)
+    q, k, v = (part.reshape(B, L, heads, K) for part in parts)
+    mixed = attention.xla(q, k, v, segments).reshape(B, L, width)
+    return jnp.sum(mixed * weights), mixed
+
+  (got, mixed), slopes = jax.value_and_grad(kernel, (0, 1), has_aux=True)(
+    projected, bias
+  )
+  (want, other), others = jax.value_and_grad(plain, (0, 1), has_aux=True)(
+    projected, bias
+  )
+  np.testing.assert_allclose(mixed, other, atol=2e-6)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(slopes, others, strict=True):
+    scale = float(jnp.abs(b).max())
+    np.testing.assert_allclose(a, b, atol=2e-6 * scale)

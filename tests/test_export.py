@@ -11,7 +11,6 @@ import pytest
 import sentencepiece
 import tokenizers as tokenizers_library
 from conftest import ROOT, program
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from test_published import write_vocab_txt
 
 from flaxmlm import InputError, config, export, load, models, tokenizers
@@ -20,6 +19,7 @@ from flaxmlm.inference.loading import LoadedModel
 from flaxmlm.interop import families
 from flaxmlm.tokenizers import sentence_piece, trials
 from flaxmlm.tokenizers.exporting import compare, read_charsmap, to_json
+from flaxmlm.tokenizers.model_proto import ModelProto
 
 ODD = [
   *("", " ", "   ", "\t", "\n", " a", "  a  b  ", "a\tb\n\nc", "a\r\nb\rc"),

@@ -13,16 +13,18 @@ PACKAGE = ROOT / "flaxmlm"
 # Each floor may import those that are listed, and itself.
 FLOORS = {
   "tokenizers": set(),
-  "data": set(),
+  "storage": set(),
+  "data": {"storage"},
   "models": set(),
   "objectives": {"models"},
   "pages": {"tokenizers"},
   "planning": {"training"},
-  "training": {"models", "objectives", "pages"},
+  "training": {"models", "objectives", "pages", "storage"},
   "interop": {"models"},
+  "preparing": {"tokenizers", "data", "config"},
   "inference": {
     *("tokenizers", "models", "objectives", "training", "interop"),
-    "config",
+    *("config", "storage"),
   },
 }
 STEP_KNOWS = {"models", "objectives", "training.sharding"}
@@ -92,6 +94,7 @@ def test_help_imports_no_heavy_library(name):
     "sentencepiece",
     "tensorflow_datasets",
     "tensorboardX",
+    "apache_beam",
   }
   assert not imported & heavy
 

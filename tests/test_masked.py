@@ -1,6 +1,7 @@
 """The masked objective against its published definition."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +185,12 @@ def test_loss_is_the_cross_entropy_of_the_used_slots():
   assert sums["weight"] == example.weights.sum()
 
 
-def test_cross_entropy_and_its_gradient_are_those_of_float64():
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
+def test_cross_entropy_and_its_gradient_are_those_of_float64(
+  device, monkeypatch
+):
+  module = sys.modules[cross_entropy.__module__]
+  monkeypatch.setattr(module, "platform", lambda: device)
   random = np.random.default_rng(1)
   logits = 30 * random.normal(size=(3, 5, 17))
   targets = random.integers(0, 17, (3, 5))

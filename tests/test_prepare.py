@@ -17,6 +17,7 @@ import pytest
 
 from flaxmlm import InputError, config, prepare, tokenizers
 from flaxmlm.data import batches, cleaning, rows, store
+from flaxmlm.preparing import documents, shards
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(
@@ -82,7 +83,7 @@ def corpus(tmp_path_factory):
 
 
 def test_one_process_or_two_make_the_same_bytes(corpus, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, "SHARD_CHARS", SMALL_SHARDS)
+  monkeypatch.setattr(shards, "SHARD_CHARS", SMALL_SHARDS)
   path, _, made = corpus
   c = make_config(path, data__processes=2)
   prepare.prepare_store(c, str(tmp_path / "two"), progress=False)
@@ -93,19 +94,20 @@ def test_one_process_or_two_make_the_same_bytes(corpus, tmp_path, monkeypatch):
 def test_killed_and_started_again_makes_the_same_bytes(corpus, tmp_path):
   path, _, made = corpus
   out = tmp_path / "store"
-  shards = tmp_path / "store.partial" / "shards"
+  partial = tmp_path / "store.partial" / "shards"
   # Slower than it is, so that the kill always comes in the middle.
   script = f"""
 import os, sys, time
 from flaxmlm import prepare
+from flaxmlm.preparing import shards
 from tests_config import c
-prepare.SHARD_CHARS = {SMALL_SHARDS}
-documents = prepare._documents
-def slowly(*args, **options):
-  for document in documents(*args, **options):
-    time.sleep(0.005 if options.get("validation") else 0)
+shards.SHARD_CHARS = {SMALL_SHARDS}
+read_part = shards.read_part
+def slowly(*args):
+  for document in read_part(*args):
+    time.sleep(0.005)
     yield document
-prepare._documents = slowly
+shards.read_part = slowly
 if __name__ == "__main__":
   prepare.prepare_store(c, {str(out)!r}, progress=False)
 """
@@ -120,13 +122,13 @@ if __name__ == "__main__":
     [sys.executable, str(tmp_path / "slow.py")], env=environment
   )
   deadline = time.monotonic() + 60
-  while len(list(shards.glob("*.npz"))) < 5 and time.monotonic() < deadline:
+  while len(list(partial.rglob("*.npz"))) < 5 and time.monotonic() < deadline:
     assert process.poll() is None
     time.sleep(0.01)
   workers = children(process.pid)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  finished = {p: p.stat().st_ino for p in shards.glob("*.npz")}
+  finished = {p: p.stat().st_ino for p in partial.rglob("*.npz")}
   assert len(finished) >= 5
   assert not out.exists()
   wait_for_end(workers)
@@ -134,7 +136,7 @@ if __name__ == "__main__":
   kept = []
   save_shard = store.save_shard
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(prepare, "SHARD_CHARS", SMALL_SHARDS)
+    patch.setattr(shards, "SHARD_CHARS", SMALL_SHARDS)
     patch.setattr(
       store,
       "save_shard",
@@ -379,7 +381,7 @@ def test_a_given_tokenizer_and_a_validation_source(tmp_path):
 def test_the_tokenizer_never_sees_validation(corpus):
   path, texts, _ = corpus
   c = make_config(path)
-  seen = set(prepare._tokenizer_texts(c))
+  seen = set(documents.tokenizer_texts(c))
   options = c.data.cleaning.to_dict()
   for text in texts:
     cleaned = cleaning.clean(text, options, Counter())
@@ -392,11 +394,11 @@ def test_of_a_large_corpus_a_part_is_cleaned_for_the_tokenizer(
   corpus, monkeypatch
 ):
   path, texts, _ = corpus
-  monkeypatch.setattr(prepare, "_BLOCK_CHARS", 100)
+  monkeypatch.setattr(documents, "BLOCK_CHARS", 100)
   wanted = sum(map(len, texts)) // 4
   c = make_config(path, data__document="file", data__validation_fraction=0)
-  c.tokenizer.sample_chars = wanted // prepare._OVERSAMPLE
-  seen = list(prepare._tokenizer_texts(c))
+  c.tokenizer.sample_chars = wanted // documents.OVERSAMPLE
+  seen = list(documents.tokenizer_texts(c))
   assert 0.7 * wanted < sum(map(len, seen)) < 1.3 * wanted
   assert max(map(len, seen)) <= 100
 
@@ -407,18 +409,18 @@ def test_of_many_files_some_are_read_for_the_tokenizer(tmp_path):
     (tmp_path / f"{number}.txt").write_text("\n".join(lines))
   size = sum(path.stat().st_size for path in tmp_path.iterdir())
   c = make_config(tmp_path, data__validation_fraction=0)
-  c.tokenizer.sample_chars = size // 100 // prepare._OVERSAMPLE
-  seen = list(prepare._tokenizer_texts(c))
+  c.tokenizer.sample_chars = size // 100 // documents.OVERSAMPLE
+  seen = list(documents.tokenizer_texts(c))
   assert 0.5 * size < 100 * sum(map(len, seen)) < 2 * size
   files = [int(text.split()[1]) for text in seen]
-  assert 8 < len(set(files)) <= prepare._SAMPLE_FILES
+  assert 8 < len(set(files)) <= documents.SAMPLE_FILES
   assert files == sorted(files)
 
 
 def test_blocks_are_the_text(monkeypatch):
-  monkeypatch.setattr(prepare, "_BLOCK_CHARS", 10)
+  monkeypatch.setattr(documents, "BLOCK_CHARS", 10)
   text = "abc\ndefgh\n" * 5 + "x" * 35 + "\nend"
-  blocks = list(prepare._blocks(text))
+  blocks = list(documents._blocks(text))
   assert "".join(blocks) == text
   assert all(0 < len(block) <= 10 for block in blocks)
   assert blocks[0] == "abc\ndefgh\n"
@@ -488,6 +490,28 @@ def test_the_program(corpus, tmp_path):
   assert refused.returncode == 2
   assert refused.stderr.count("\n") == 1
   assert "tokenizer.kind: 'unigram' -> 'bpe'" in refused.stderr
+
+
+def test_without_apache_beam_a_line_says_what_to_install(tmp_path):
+  # As if it were not there, where it is.
+  script = (
+    "import runpy, sys; sys.modules['apache_beam'] = None;"
+    "runpy.run_module('flaxmlm.prepare', run_name='__main__')"
+  )
+  arguments = [f"--out={tmp_path / 'store'}", "--runner=DirectRunner"]
+  done = subprocess.run(
+    [sys.executable, "-c", script, *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  assert done.returncode == 2
+  assert "pip install -e '.[beam]'" in done.stderr
+  assert done.stderr.count("\n") == 1
+  alone = run_program(f"--out={tmp_path / 'store'}", "--", "--streaming")
+  assert alone.returncode == 2
+  assert "no --runner=NAME before them" in alone.stderr
+  assert os.listdir(tmp_path) == []
 
 
 def test_a_store_inside_of_its_source_is_refused(tmp_path):

@@ -11,10 +11,10 @@ import pickle
 import pytest
 import sentencepiece
 import tokenizers as library
-from sentencepiece import sentencepiece_model_pb2
 
 from flaxmlm import InputError
 from flaxmlm import tokenizers as flax_tokenizers
+from flaxmlm.tokenizers.model_proto import ModelProto
 
 DATA = os.environ.get("FLAXMLM_DATA", "../shared/data")
 SPM = "sentencepiece.bpe.model"
@@ -488,7 +488,7 @@ def test_a_model_file_on_its_own_keeps_its_ids(tmp_path):
   ],
 )
 def test_models_of_another_kind_are_refused(part, key, value, match, tmp_path):
-  model = sentencepiece_model_pb2.ModelProto.FromString(unigram())
+  model = ModelProto.FromString(unigram())
   setattr(
     model.pieces[part] if isinstance(part, int) else getattr(model, part),
     key,

@@ -583,6 +583,17 @@ def test_tfds_splits_slices_and_versions(tfds_dir):
   assert len(texts("tfds:tiny_books/en:1.0.0", **options)) == 30
 
 
+def test_tfds_slices_make_up_the_whole(tfds_dir):
+  everything = texts("tfds:tiny_books/en", tfds_dir=tfds_dir)
+  specs = sources.cut_tfds("tfds:tiny_books/en:1.0.0", tfds_dir, 100)
+  assert len(specs) > 3
+  assert specs[0].startswith("tfds:tiny_books/en:1.0.0:train[0:")
+  parts = [texts(spec, tfds_dir=tfds_dir) for spec in specs]
+  assert all(parts) and sum(parts, []) == everything
+  for whole in ("tfds:tiny_books/en:train[:50%]", "tfds:tiny_books/en"):
+    assert sources.cut_tfds(whole, tfds_dir, 10**6) == [whole]
+
+
 @pytest.mark.parametrize(
   ("spec", "field", "message"),
   [

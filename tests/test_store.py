@@ -193,12 +193,12 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
 
 def test_a_shard_of_other_text_or_cut_short_is_not_used(tmp_path):
   [path] = make_shards(tmp_path, make_documents(5))
-  assert store.shard_tokens(path, "key") > 0
-  assert store.shard_tokens(path, "other key") is None
+  assert store.shard_size(path, "key")[0] == 5
+  assert store.shard_size(path, "other key") is None
   with open(path, "r+b") as file:
     file.truncate(os.path.getsize(path) // 2)
-  assert store.shard_tokens(path, "key") is None
-  assert store.shard_tokens(str(tmp_path / "none"), "key") is None
+  assert store.shard_size(path, "key") is None
+  assert store.shard_size(str(tmp_path / "none"), "key") is None
 
 
 @pytest.mark.parametrize("name", ["train/flags.bin", "tokenizer/vocab.txt"])

@@ -304,11 +304,19 @@ def test_a_matrix_that_no_rule_speaks_of_is_an_error():
     sharding.tree_sharding(mesh, shapes)
 
 
-def test_a_vocabulary_that_doesnt_divide_is_refused_by_name():
-  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=8)
-  table = jax.ShapeDtypeStruct((100, 8), jnp.float32)
-  with pytest.raises(InputError, match="mesh.tensor=8 doesn't divide 100"):
-    sharding.tree_sharding(mesh, {"word": {"embedding": table}})
+def test_a_table_is_split_over_its_vocabulary_if_that_divides():
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+
+  def place(*shape):
+    table = jax.ShapeDtypeStruct(shape, jnp.float32)
+    found = sharding.tree_sharding(mesh, {"word": {"embedding": table}})
+    return found["word"]["embedding"].shard_shape(shape)
+
+  assert place(96, 8) == (12, 8)
+  assert place(98, 8) == (49, 2)  # by tensor alone, the width by fsdp
+  assert place(99, 8) == (99, 2)
+  with pytest.raises(InputError, match="mesh.fsdp=4 doesn't divide 6, an axis"):
+    place(99, 6)
 
 
 @pytest.mark.slow

@@ -94,6 +94,14 @@ class BadRecords:
   ignored_files: list[str] = dataclasses.field(default_factory=list)
   """Files in folders and globs whose ending isn't known."""
 
+  def check(self, limit: int) -> None:
+    """Raises InputError if more than `data.max_bad_records` were skipped."""
+    if self.count > limit:
+      raise InputError(
+        f"more than data.max_bad_records={limit} bad records; the first was"
+        f" {self.messages[0]}"
+      )
+
 
 class _Damage(Exception):  # noqa: N818
   """The rest of a file can't be read. Holds where, what and what helps."""
@@ -171,11 +179,7 @@ def read(
     records.count += 1
     if len(records.messages) < 10:
       records.messages.append(message)
-    if records.count > max_bad_records:
-      raise InputError(
-        f"more than data.max_bad_records={max_bad_records} bad records; the"
-        f" first was {records.messages[0]}"
-      )
+    records.check(max_bad_records)
 
   fields = (text_field,)
   if pair_field is not None:
@@ -630,10 +634,8 @@ _TFDS_BATCH = 256
 _TFDS = re.compile(r"tfds:([^:]+(?::\d[\w.*]*)?)(?::(.+))?")
 
 
-def _tfds(
-  spec: str, fields: tuple[str, ...], data_dir: str | None, report: _Report
-) -> Iterator[_Record]:
-  """Yields the fields of a data set that TensorFlow Datasets has prepared."""
+def _open_tfds(spec: str, data_dir: str | None) -> tuple[Any, str, str]:
+  """Returns a data set's builder, its name with the version, and the split."""
   match = _TFDS.fullmatch(spec)
   if match is None:
     raise InputError(
@@ -660,6 +662,39 @@ def _tfds(
       f"source {spec}: no split {split!r}; there are:"
       f" {', '.join(builder.info.splits)}"
     )
+  return builder, name, split
+
+
+def cut_tfds(spec: str, data_dir: str | None, size: int) -> list[str]:
+  """Returns specs of slices that make up a `tfds:` spec, in reading order.
+
+  Args:
+    spec: If its split is a slice already, or several splits, it stays whole.
+    data_dir: See `tfds_dir` of `read`.
+    size: Bytes of a slice, about.
+
+  Raises:
+    InputError: There is no such data set or split.
+  """
+  builder, name, split = _open_tfds(spec, data_dir)
+  if not re.fullmatch(r"\w+", split):
+    return [spec]
+  facts = builder.info.splits[split]
+  slices = min(facts.num_bytes // size, facts.num_examples)
+  if slices < 2:
+    return [spec]
+  ends = [facts.num_examples * i // slices for i in range(slices + 1)]
+  return [
+    f"tfds:{name}:{split}[{first}:{end}]"
+    for first, end in itertools.pairwise(ends)
+  ]
+
+
+def _tfds(
+  spec: str, fields: tuple[str, ...], data_dir: str | None, report: _Report
+) -> Iterator[_Record]:
+  """Yields the fields of a data set that TensorFlow Datasets has prepared."""
+  builder, _, split = _open_tfds(spec, data_dir)
   names = list(builder.info.features)
   if not _has_columns(fields, names, spec, report):
     return

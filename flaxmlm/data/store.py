@@ -22,18 +22,21 @@ alone, so the store is the same for any number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from flaxmlm import InputError
+from flaxmlm.storage import remote
 
 WORD_START = 1
 SENTENCE_START = 2
@@ -44,6 +47,9 @@ LABEL_SHIFT = 3
 SPLITS = ("train", "validation")
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+# What becomes of a document.
+KEPT, DUPLICATE, IN_VALIDATION = range(3)
 
 _FINGERPRINTS = 1 << 19  # sorted at a time, so that memory is bounded
 
@@ -85,6 +91,28 @@ class Shard(NamedTuple):
   counts: Counter[str]
 
 
+class HeldOut(NamedTuple):
+  """Which documents are for validation."""
+
+  first_source: int | None
+  """Those of sources from this index on. None: it is by fingerprint."""
+  last: int
+  """Those with a fingerprint up to this one; -1: none."""
+
+  def among(self, fingerprints: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """Returns which of some documents these are (bool [D])."""
+    if self.first_source is not None:
+      return sources >= self.first_source
+    if self.last < 0:
+      return np.zeros(len(fingerprints), bool)
+    return fingerprints <= np.uint64(self.last)
+
+
+# Called with shard files in reading order, what is held out, and whether copies
+# are to be dropped; gives what becomes of each shard's documents (uint8 [D]).
+Choose = Callable[[Sequence[str], HeldOut, bool], Iterable[np.ndarray]]
+
+
 def id_dtype(vocab_size: int) -> np.dtype:
   """Returns the dtype that ids are stored in."""
   return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -93,10 +121,14 @@ def id_dtype(vocab_size: int) -> np.dtype:
 def open_store(folder: str) -> TokenStore:
   """Opens a store; nothing but its manifest and counts is read into memory.
 
+  One in a bucket is copied here first, see `remote.fetch`.
+
   Raises:
     InputError: There is no store, it is of another version, or a file is
       missing or of the wrong size.
   """
+  if remote.is_remote(folder):
+    folder = remote.fetch(folder)
   manifest, digest = read_manifest(folder)
   for name, facts in manifest["files"].items():
     file = os.path.join(folder, name)
@@ -186,6 +218,19 @@ def write_atomically(path: str, data: bytes) -> None:
   os.replace(f"{path}.tmp", path)
 
 
+@contextlib.contextmanager
+def atomic_file(path: str) -> Iterator[IO[bytes]]:
+  """Opens a file to be there whole or not at all, whoever writes it too."""
+  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+  try:
+    with open(temporary, "wb") as file:
+      yield file
+    os.replace(temporary, path)
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(temporary)
+
+
 def lock_file(path: str) -> IO[bytes]:
   """Locks a file, made if need be, until it is closed or the process ends.
 
@@ -212,9 +257,8 @@ def save_shard(path: str, shard: Shard, key: str) -> None:
   """Writes a shard, whole or not at all; `key` names what it was made of."""
   meta = json.dumps({"key": key, "counts": shard.counts})
   arrays = shard._asdict() | {"counts": np.frombuffer(meta.encode(), np.uint8)}
-  with open(f"{path}.tmp", "wb") as file:
+  with atomic_file(path) as file:
     np.savez(file, **arrays)
-  os.replace(f"{path}.tmp", path)
 
 
 def load_shard(path: str) -> Shard:
@@ -225,14 +269,108 @@ def load_shard(path: str) -> Shard:
   return Shard(**values | {"counts": Counter(meta["counts"])})
 
 
-def shard_tokens(path: str, key: str) -> int | None:
-  """Returns a shard's tokens if it is there, whole and made of `key`."""
+def shard_size(path: str, key: str) -> tuple[int, int] | None:
+  """Returns a shard's documents and tokens if it is there, made of `key`."""
   try:
     with np.load(path) as arrays:
       meta = json.loads(arrays["counts"].tobytes())
-      return int(arrays["lengths"].sum()) if meta["key"] == key else None
+      lengths = arrays["lengths"]
+      return (len(lengths), int(lengths.sum())) if meta["key"] == key else None
   except (OSError, ValueError, KeyError, zipfile.BadZipFile):
     return None
+
+
+def read_heads(
+  shards: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+  """Returns fingerprints, sources and counts, without reading the tokens."""
+  fingerprints = [np.zeros(0, np.uint64)]
+  sources = [np.zeros(0, np.uint16)]
+  counts: Counter[str] = Counter()
+  for path in shards:
+    with np.load(path) as arrays:
+      fingerprints.append(arrays["fingerprints"])
+      sources.append(arrays["sources"])
+      counts.update(json.loads(arrays["counts"].tobytes())["counts"])
+  return np.concatenate(fingerprints), np.concatenate(sources), counts
+
+
+def count_ranges(documents: int) -> int:
+  """Returns how many ranges of fingerprints to work on, one at a time."""
+  bits = max(documents // _FINGERPRINTS, 1).bit_length() - 1
+  return 1 << min(bits, 16)
+
+
+def find_range(fingerprints: np.ndarray, ranges: int) -> np.ndarray:
+  """Returns the number of the range (of 2^k) of each fingerprint."""
+  top = fingerprints.astype("<u8", copy=False).view("<u2")[3::4]
+  return top >> (16 - (ranges.bit_length() - 1))
+
+
+def decide(
+  fingerprints: np.ndarray,
+  validation: np.ndarray,
+  *,
+  disjoint: bool,
+  deduplicate: bool,
+) -> np.ndarray:
+  """Returns what becomes of documents: KEPT, DUPLICATE, IN_VALIDATION.
+
+  All documents of a fingerprint have to be there, in reading order: of copies
+  in one split the first one stays.
+
+  Args:
+    fingerprints: uint64 [D].
+    validation: bool [D], which are for validation.
+    disjoint: Whether training documents that validation has too are dropped.
+    deduplicate: Whether copies are dropped.
+
+  Returns:
+    uint8 [D].
+  """
+  fates = np.full(len(fingerprints), KEPT, np.uint8)
+  training, held_out = np.flatnonzero(~validation), np.flatnonzero(validation)
+  if disjoint:
+    known = np.isin(fingerprints[training], fingerprints[held_out])
+    fates[training[known]] = IN_VALIDATION
+    training = training[~known]
+  if deduplicate:
+    for part in (training, held_out):
+      _, first = np.unique(fingerprints[part], return_index=True)
+      copies = np.ones(len(part), bool)
+      copies[first] = False
+      fates[part[copies]] = DUPLICATE
+  return fates
+
+
+def choose_in_memory(
+  shards: Sequence[str], held_out: HeldOut, deduplicate: bool
+) -> Iterator[np.ndarray]:
+  """A `Choose` that holds the heads of all documents: some 20 bytes each."""
+  heads = [read_heads([path])[:2] for path in shards]
+  ends = np.cumsum([len(fingerprints) for fingerprints, _ in heads])
+  fingerprints = np.concatenate(
+    [np.zeros(0, np.uint64), *(h[0] for h in heads)]
+  )
+  sources = np.concatenate([np.zeros(0, np.uint16), *(h[1] for h in heads)])
+  validation = held_out.among(fingerprints, sources)
+  del heads, sources
+  fates = np.empty(len(fingerprints), np.uint8)
+  ranges = count_ranges(len(fingerprints))
+  numbers = find_range(fingerprints, ranges)
+  for number in range(ranges):
+    here = np.flatnonzero(numbers == number)
+    fates[here] = decide(
+      fingerprints[here],
+      validation[here],
+      disjoint=held_out.first_source is not None,
+      deduplicate=deduplicate,
+    )
+  del fingerprints, validation, numbers
+  first = 0
+  for end in ends.tolist():
+    yield fates[first:end]
+    first = end
 
 
 def assemble(
@@ -244,6 +382,7 @@ def assemble(
   validation_source: int | None,
   deduplicate: bool,
   facts: Mapping[str, Any],
+  choose: Choose = choose_in_memory,
 ) -> dict[str, Any]:
   """Makes the store's files out of shards; the manifest comes last.
 
@@ -254,6 +393,8 @@ def assemble(
   its own, training documents that stand there too are dropped instead. Of
   copies the first one in reading order stays.
 
+  One shard is in memory at a time, and what `choose` needs.
+
   Args:
     folder: Where to; has `tokenizer/` already.
     shards: Shard files in reading order.
@@ -263,30 +404,31 @@ def assemble(
       split by fingerprint.
     deduplicate: Whether to drop copies.
     facts: Further entries of the manifest.
+    choose: Finds the copies.
 
   Returns:
     The manifest.
   """
-  fingerprints, sources, counts = _read_heads(shards)
-  if validation_source is None:
-    validation = fingerprints < np.uint64(validation_bound(validation_fraction))
-  else:
-    validation = sources >= validation_source
-  smallest_held_out = False
-  if validation_source is None and validation_fraction > 0 and len(validation):
-    smallest = fingerprints == fingerprints.min()
-    smallest_held_out = not validation.any() and not smallest.all()
-    if smallest_held_out:
-      validation = smallest
-  keep = _choose(
-    fingerprints,
-    validation,
-    disjoint=validation_source is not None,
-    deduplicate=deduplicate,
-    counts=counts,
+  bound = validation_bound(validation_fraction)
+  held_out = HeldOut(validation_source, bound - 1)
+  smallest, largest, counts = _survey(shards)
+  smallest_held_out = (
+    validation_source is None
+    and validation_fraction > 0
+    and bound <= smallest < largest
   )
-  splits = {"train": keep & ~validation, "validation": keep & validation}
-  files, figures, unigrams = _write_splits(folder, shards, splits, vocab)
+  if smallest_held_out:
+    held_out = HeldOut(None, smallest)
+  fates = choose(shards, held_out, deduplicate)
+  files, figures, unigrams, become = _write_splits(
+    folder, shards, fates, held_out, vocab
+  )
+  dropped = {
+    "too_short": counts["too_short"],
+    "empty": counts["empty"],
+    "duplicate": become[DUPLICATE],
+    "in_validation": become[IN_VALIDATION],
+  }
   for name in sorted(os.listdir(os.path.join(folder, "tokenizer"))):
     name = f"tokenizer/{name}"
     path = os.path.join(folder, name)
@@ -298,11 +440,8 @@ def assemble(
     "vocab": dict(vocab),
     "documents": {
       "read": counts["read"],
-      "kept": int(keep.sum()),
-      "dropped": {
-        reason: counts[reason]
-        for reason in ("too_short", "empty", "duplicate", "in_validation")
-      },
+      "kept": become[KEPT],
+      "dropped": dropped,
     },
     "cleaned": {
       name.removeprefix("cleaned:"): count
@@ -319,60 +458,30 @@ def assemble(
   return manifest
 
 
-def _read_heads(
-  shards: Sequence[str],
-) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-  """Returns what is known of each document, without reading the tokens."""
-  fingerprints = [np.zeros(0, np.uint64)]
-  sources = [np.zeros(0, np.uint16)]
-  counts: Counter[str] = Counter()
-  for path in shards:
-    with np.load(path) as arrays:
-      fingerprints.append(arrays["fingerprints"])
-      sources.append(arrays["sources"])
-      counts.update(json.loads(arrays["counts"].tobytes())["counts"])
-  return np.concatenate(fingerprints), np.concatenate(sources), counts
+def _survey(shards: Sequence[str]) -> tuple[int, int, Counter[str]]:
+  """Returns the smallest and largest fingerprint, and the summed counts.
 
-
-def _choose(
-  fingerprints: np.ndarray,
-  validation: np.ndarray,
-  *,
-  disjoint: bool,
-  deduplicate: bool,
-  counts: Counter[str],
-) -> np.ndarray:
-  """Returns which documents are kept (bool [D]); counts why others are not.
-
-  Works on ranges of up to a million fingerprints, one after another.
+  Without any document, both are 0.
   """
-  keep = np.ones(len(fingerprints), bool)
-  bits = max(len(fingerprints) // _FINGERPRINTS, 1).bit_length() - 1
-  top = fingerprints.astype("<u8", copy=False).view("<u2")[3::4]
-  for number in range(1 << bits):
-    here = np.flatnonzero(top >> (16 - bits) == number)
-    training, held_out = here[~validation[here]], here[validation[here]]
-    if disjoint:
-      known = np.isin(fingerprints[training], fingerprints[held_out])
-      keep[training[known]] = False
-      counts["in_validation"] += int(known.sum())
-      training = training[~known]
-    if deduplicate:
-      for part in (training, held_out):
-        _, first = np.unique(fingerprints[part], return_index=True)
-        copies = np.ones(len(part), bool)
-        copies[first] = False
-        keep[part[copies]] = False
-        counts["duplicate"] += int(copies.sum())
-  return keep
+  counts: Counter[str] = Counter()
+  ends: list[int] = []
+  for path in shards:
+    fingerprints, _, added = read_heads([path])
+    counts.update(added)
+    if len(fingerprints):
+      ends += [int(fingerprints.min()), int(fingerprints.max())]
+      ends = [min(ends), max(ends)]
+  smallest, largest = ends or (0, 0)
+  return smallest, largest, counts
 
 
 def _write_splits(
   folder: str,
   shards: Sequence[str],
-  splits: Mapping[str, np.ndarray],
+  fates: Iterable[np.ndarray],
+  held_out: HeldOut,
   vocab: Mapping[str, int],
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray], list[int]]:
   """Writes all arrays, one shard in memory at a time."""
   writers: dict[str, _Writer] = {}
   for split in SPLITS:
@@ -389,13 +498,13 @@ def _write_splits(
   dtype = id_dtype(vocab["size"])
   for split in SPLITS:
     writers[f"{split}/offsets.bin"].write(np.zeros(1, "<i8"))
-  first = 0
-  for path in shards:
+  become = np.zeros(3, np.int64)
+  for path, fate in zip(shards, fates, strict=True):
     shard = load_shard(path)
-    here = slice(first, first + len(shard.lengths))
-    first = here.stop
+    become += np.bincount(fate, minlength=3)
+    validation = held_out.among(shard.fingerprints, shard.sources)
     for split in SPLITS:
-      chosen = splits[split][here]
+      chosen = (fate == KEPT) & (validation == (split == "validation"))
       tokens = np.repeat(chosen, shard.lengths)
       lengths = shard.lengths[chosen]
       ids = shard.ids[tokens]
@@ -417,7 +526,7 @@ def _write_splits(
   writers["counts.bin"] = _Writer(os.path.join(folder, "counts.bin"))
   writers["counts.bin"].write(unigrams["train"].astype("<i8"))
   files = {name: writer.close() for name, writer in writers.items()}
-  return files, figures, unigrams
+  return files, figures, unigrams, become.tolist()
 
 
 class _Writer:

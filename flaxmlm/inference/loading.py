@@ -20,6 +20,7 @@ from flaxmlm.interop import huggingface
 from flaxmlm.models import Inputs, Model, electra
 from flaxmlm.models.model import Params
 from flaxmlm.objectives.replaced_token import generator_params
+from flaxmlm.storage import remote
 from flaxmlm.tokenizers import Tokenizer
 from flaxmlm.training import checkpoints
 
@@ -391,6 +392,7 @@ def load(folder: str) -> LoadedModel:
     InputError: The folder is none of these, has no checkpoint, or asks for
       something that we don't have.
   """
+  folder = remote.localize(folder)
   path = os.path.join(folder, "config.json")
   if not os.path.isfile(path):
     raise InputError(
@@ -416,7 +418,7 @@ def load(folder: str) -> LoadedModel:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
     jax.eval_shape(init_params, jax.random.key(0)),
   )
-  directory = os.path.abspath(os.path.join(folder, "checkpoints"))
+  directory = remote.checkpoints(folder)
   step, params = checkpoints.restore_params(directory, shapes)
   return LoadedModel(
     tokenizer=tokenizer,

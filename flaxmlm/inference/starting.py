@@ -18,6 +18,7 @@ from flaxmlm.inference.loading import LoadedModel, load
 from flaxmlm.inference.tiling import tile
 from flaxmlm.models import roberta
 from flaxmlm.models.model import Params, count_parameters
+from flaxmlm.storage import remote
 from flaxmlm.tokenizers import Tokenizer
 from flaxmlm.training import checkpoints
 from flaxmlm.training.optimizers import make_optimizer
@@ -174,7 +175,7 @@ def continue_from(
       f" {', '.join(shapes.params)}; take the parameters alone, by"
       " model.init_from"
     )
-  directory = os.path.abspath(os.path.join(run, "checkpoints"))
+  directory = remote.checkpoints(run)
   state = checkpoints.restore_other(directory, theirs)
   if int(state.step) != step:
     raise InputError(

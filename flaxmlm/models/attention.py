@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxmlm import InputError
-from flaxmlm.models.layers import dropout
+from flaxmlm.models.layers import dropout, platform
 
 # Below this, plain XLA is as fast on a TPU: scores are small.
 SPLASH_MIN_LENGTH = 512
@@ -91,16 +91,6 @@ def attend(
     dropout_rate=dropout_rate,
     site=site,
   )
-
-
-def platform() -> str:
-  """Returns "cpu", "gpu" or "tpu": what the code being traced is to run on.
-
-  That is what the mesh in use is made of, which may be a description of
-  devices that aren't here; without a mesh, JAX's default.
-  """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def choose_backend(

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from flaxmlm.models import lean
 from flaxmlm.models.attention import attend
 from flaxmlm.models.depth import run_layers
 from flaxmlm.models.heads import MaskedLanguageModelHead, Pooler
@@ -20,9 +22,11 @@ from flaxmlm.models.layers import (
   Dtype,
   dense,
   dropout,
+  is_lean,
   layer_norm,
 )
 from flaxmlm.models.model import Inputs, Model, assemble
+from flaxmlm.models.vocabulary import look_up
 
 
 class Embeddings(nn.Module):
@@ -49,6 +53,8 @@ class Embeddings(nn.Module):
     def embed(name: str, size: int, index: Array) -> Array:
       init = nn.initializers.truncated_normal(o["init_stddev"])
       table = nn.Embed(size, width, embedding_init=init, name=name)
+      if name == "word":
+        return look_up(table.embedding, index.reshape(-1), self.dtype)
       return table(index.reshape(-1))
 
     x = embed("word", self.vocab_size, inputs.ids)
@@ -89,21 +95,47 @@ class Layer(nn.Module):
     def norm(name: str, x: Array) -> Array:
       return layer_norm(o["norm_eps"], self.dtype, name=name)(x)
 
-    mixed = attend(
-      linear("query", o["width"], x).reshape(B, L, H, K),
-      linear("key", o["width"], x).reshape(B, L, H, K),
-      linear("value", o["width"], x).reshape(B, L, H, K),
-      inputs.segments,
-      backend=o["attention"],
-      dropout_keys=dropout_keys,
-      dropout_rate=o["attention_dropout"],
-      site=site,
-    ).reshape(B * L, H * K)
+    def weights(name: str, features: int) -> tuple[Array, Array]:
+      module = lean.Weights(features, o["init_stddev"], name=name)
+      return module(o["ffn"] if name == "output" else o["width"])
+
+    def project(name: str) -> Array:
+      if is_lean(self.dtype):
+        return lean.split_heads(x, *weights(name, H * K), rows=B, heads=H)
+      return linear(name, H * K, x).reshape(B, L, H, K)
+
+    def mix(names: tuple[str, ...]) -> Array:
+      if o["attention"] != "row":
+        return attend(
+          *(project(name) for name in names),
+          inputs.segments,
+          backend=o["attention"],
+          dropout_keys=dropout_keys,
+          dropout_rate=o["attention_dropout"],
+          site=site,
+        )
+      from flaxmlm.models import row_attention  # half a second, for few
+
+      kernels, biases = zip(*(weights(n, H * K) for n in names), strict=True)
+      projected = x @ jnp.concatenate(kernels, axis=1).astype(x.dtype)
+      return row_attention.attend(
+        projected.reshape(B, L, -1),
+        jnp.concatenate(biases),
+        inputs.segments,
+        heads=H,
+      )
+
+    mixed = mix(("query", "key", "value")).reshape(B * L, H * K)
     mixed = linear("attention_output", o["width"], mixed)
     mixed = dropout(mixed, dropout_keys, o["dropout"], site + 1)
     x = norm("attention_norm", x + mixed)
-    inner = ACTIVATIONS[o["hidden_act"]](linear("intermediate", o["ffn"], x))
-    outer = linear("output", o["width"], inner)
+    if is_lean(self.dtype) and o["hidden_act"] == "gelu":
+      into, out = weights("intermediate", o["ffn"]), weights("output", H * K)
+      outer = lean.feed_forward(x, *into, *out)
+    else:
+      inner = linear("intermediate", o["ffn"], x)
+      inner = ACTIVATIONS[o["hidden_act"]](inner)
+      outer = linear("output", o["width"], inner)
     outer = dropout(outer, dropout_keys, o["dropout"], site + 2)
     return norm("output_norm", x + outer)
 

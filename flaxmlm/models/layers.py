@@ -14,6 +14,24 @@ from jaxtyping import Array, Float, Int, Key
 Dtype = str
 
 
+def platform() -> str:
+  """Returns "cpu", "gpu" or "tpu": what the code being traced is to run on.
+
+  That is what the mesh in use is made of, which may be a description of
+  devices that aren't here; without a mesh, JAX's default.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def is_lean(dtype: Dtype) -> bool:
+  """Whether what is being traced is to spare bytes: on a TPU, in bfloat16.
+
+  `LayerNorm` and models/lean.py are for that.
+  """
+  return platform() == "tpu" and dtype == "bfloat16"
+
+
 def dense(
   features: int,
   stddev: float,
@@ -38,8 +56,10 @@ def dense(
 
 def layer_norm(
   eps: float, dtype: Dtype, *, use_bias: bool = True, name: str | None = None
-) -> nn.LayerNorm:
+) -> nn.Module:
   """Returns a LayerNorm with float32 statistics."""
+  if is_lean(dtype):
+    return LayerNorm(eps, dtype, use_bias, name=name)
   return nn.LayerNorm(
     epsilon=eps,
     use_bias=use_bias,
@@ -47,6 +67,70 @@ def layer_norm(
     use_fast_variance=False,
     name=name,
   )
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm, by `normalize`."""
+
+  eps: float
+  dtype: Dtype
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """Returns the normed tokens."""
+    width = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (width,))
+    bias = None
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (width,))
+    return normalize(x.astype(self.dtype), scale, bias, self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+  x: Float[Array, "T D"],
+  scale: Float[Array, " D"],
+  bias: Float[Array, " D"] | None,
+  eps: float,
+) -> Float[Array, "T D"]:
+  """LayerNorm (Ba et al., 2016) that reads x once in either pass.
+
+  The variance is E[x²] - E[x]², in float32. x, as it came, two numbers a token
+  and nothing else are kept.
+  """
+  return _normalize(x, scale, bias, eps)[0]
+
+
+def _normalize(
+  x: Array, scale: Array, bias: Array | None, eps: float
+) -> tuple[Array, tuple[Array | None, ...]]:
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axis=-1, keepdims=True)
+  square = jnp.square(wide).mean(axis=-1, keepdims=True)
+  variance = jnp.maximum(square - jnp.square(mean), 0.0)
+  rstd = jax.lax.rsqrt(variance + eps)
+  y = (wide - mean) * rstd * scale
+  if bias is not None:
+    y += bias
+  return y.astype(x.dtype), (x, mean, rstd, scale, bias)
+
+
+def _normalize_backward(
+  eps: float, kept: tuple[Array | None, ...], g: Array
+) -> tuple[Array, Array, Array | None]:
+  x, mean, rstd, scale, bias = kept
+  normed = (x.astype(jnp.float32) - mean) * rstd
+  g = g.astype(jnp.float32)
+  scaled = g * scale
+  level = scaled.mean(axis=-1, keepdims=True)
+  slope = (scaled * normed).mean(axis=-1, keepdims=True)
+  dx = rstd * (scaled - level - normed * slope)
+  dbias = None if bias is None else g.sum(axis=0)
+  return dx.astype(x.dtype), (g * normed).sum(axis=0), dbias
+
+
+normalize.defvjp(_normalize, _normalize_backward)
 
 
 @jax.custom_vjp

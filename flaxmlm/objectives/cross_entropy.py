@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flaxmlm.models.layers import platform
+
 
 @jax.custom_vjp
 def cross_entropy(
@@ -26,17 +28,26 @@ def _forward(
   wide = logits.astype(jnp.float32)
   most = wide.max(axis=-1, keepdims=True)
   lse = most + jnp.log(jnp.exp(wide - most).sum(axis=-1, keepdims=True))
-  chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)
+  if platform() == "tpu":
+    # A gather would have the float32 logits written to memory.
+    own = _is_target(logits, targets)
+    chosen = jnp.where(own, wide, 0.0).sum(axis=-1, keepdims=True)
+  else:
+    chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)
   return (lse - chosen)[..., 0], (logits, lse, targets)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+  tokens = jax.lax.broadcasted_iota(
+    targets.dtype, logits.shape, logits.ndim - 1
+  )
+  return tokens == targets[..., None]
 
 
 def _backward(kept: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
   logits, lse, targets = kept
-  tokens = jax.lax.broadcasted_iota(
-    targets.dtype, logits.shape, logits.ndim - 1
-  )
   softmax = jnp.exp(logits.astype(jnp.float32) - lse)
-  gradient = (softmax - (tokens == targets[..., None])) * g[..., None]
+  gradient = (softmax - _is_target(logits, targets)) * g[..., None]
   return gradient.astype(logits.dtype), None
 
 

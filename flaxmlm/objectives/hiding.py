@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from flaxmlm.models.lean import take
 from flaxmlm.models.model import Inputs, Model, Params
 from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.objectives.objective import (
@@ -229,18 +230,21 @@ def predict_slots(
   example: Example,
 ) -> Float[Array, "B M V"]:
   """Returns the logits at the slots: no others are ever computed."""
-  slots = example.slots[..., None]
-  return model.predict(params, jnp.take_along_axis(hidden, slots, axis=1))
+  return model.predict(params, take(hidden, example.slots))
 
 
 def add_up(
   logits: Float[Array, "B M V"], example: Example, *, temperature: float
 ) -> dict[str, Float[Array, ""]]:
   """Returns Σ nll·w of logits / temperature, Σ w and Σ correct·w, float32."""
-  nll = cross_entropy(logits / temperature, example.targets)
-  correct = jnp.argmax(logits, axis=-1) == example.targets
+  # Flat again, as the model computed them: of slots that don't fill the tiles
+  # of a TPU, [B M V] would be a copy.
+  logits = logits.reshape(-1, logits.shape[-1])
+  targets, weights = example.targets.reshape(-1), example.weights.reshape(-1)
+  nll = cross_entropy(logits / temperature, targets)
+  correct = jnp.argmax(logits, axis=-1) == targets
   return {
-    "nll": jnp.sum(nll * example.weights),
-    "weight": jnp.sum(example.weights),
-    "correct": jnp.sum(correct * example.weights),
+    "nll": jnp.sum(nll * weights),
+    "weight": jnp.sum(weights),
+    "correct": jnp.sum(correct * weights),
   }

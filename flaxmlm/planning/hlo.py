@@ -8,10 +8,14 @@ are padded to whole tiles, and has of each loop a single turn.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import flaxmlm
+
+_PACKAGE = os.path.dirname(flaxmlm.__file__) + os.sep
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -181,9 +185,9 @@ def _sources(head: str) -> dict[int, str]:
     while frame in frames:
       place, parent = (int(n) for n in frames[frame])
       file, line = places[place]
-      name = files[int(file)][0].partition("/flaxmlm/")[2]
-      if name:
-        found[number] = f"{name}:{line}"
+      name = files[int(file)][0]
+      if name.startswith(_PACKAGE):
+        found[number] = f"{name.removeprefix(_PACKAGE)}:{line}"
         break
       frame = parent - 1  # they are written one higher; 1 is none
   return found
@@ -296,7 +300,8 @@ def _kernel_flops(instruction: Instruction, read: Sequence[Array]) -> float:
   products = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
   for name, count in products.items():
     if name in instruction.name:
-      B, H, K, L = next(a.shape for a in read if len(a.shape) == 4)
+      rows = [a.shape for a in read if len(a.shape) == 4]
+      B, H, K, L = rows[0] if rows else (0, 0, 0, 0)
       return 2.0 * count * B * H * K * L * L
   return 0.0
 
@@ -339,7 +344,9 @@ def collectives(program: Program, *, turns: int = 1) -> list[Collective]:
         continue
       given = instruction.results
       if instruction.kind.endswith("-start") and kind != "all-reduce":
-        given = given[len(given) // 2 :]  # the operands stand before
+        # The operands stand before; a permute's two numbers of its own after.
+        given = tuple(array for array in given if array.shape)
+        given = given[len(given) // 2 :]
       count = times.get(instruction.name, times.get(computation, 1))
       found.append(
         Collective(

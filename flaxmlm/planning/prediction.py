@@ -92,12 +92,14 @@ def extend(
   def line(a: float, b: float) -> float:
     return a + turns * (b - a)
 
-  rows = {_key(row): row for row in long.collectives}
-  before = {_key(row): row for row in short.collectives}
+  before, after = (
+    {_key(row): row for row in model.collectives} for model in (short, long)
+  )
+  none = dict.fromkeys(_SUMS, 0)
   collectives = []
-  for key, row in rows.items():
-    old = before.get(key, dict.fromkeys(_SUMS, 0))
-    sums = {name: line(old[name], row[name]) for name in _SUMS}
+  for key, row in (before | after).items():
+    old, new = before.get(key, none), after.get(key, none)
+    sums = {name: line(old[name], new[name]) for name in _SUMS}
     collectives.append(row | sums)
   return Measured(
     *(line(a, b) for a, b in zip(short[:4], long[:4], strict=True)),

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import normalizers
 
 from flaxmlm import InputError
 from flaxmlm.tokenizers.hugging_face import HuggingFace
+from flaxmlm.tokenizers.model_proto import ModelProto, TrainerSpec
 from flaxmlm.tokenizers.sentence_piece import SentencePiece
 from flaxmlm.tokenizers.vocab import Tokenizer
 

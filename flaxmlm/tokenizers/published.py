@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from flaxmlm import InputError
 from flaxmlm.tokenizers import hugging_face, sentence_piece
 from flaxmlm.tokenizers.hugging_face import HuggingFace, Token
+from flaxmlm.tokenizers.model_proto import ModelProto
 from flaxmlm.tokenizers.vocab import SPECIAL_NAMES, Settings, read_file
 
 _BRACKETS = {role: names[0] for role, names in SPECIAL_NAMES.items()}
@@ -361,7 +361,7 @@ def _get_steps(published: Published) -> Iterator[normalizers.Normalizer]:
 def _read_model(data: bytes, where: str):
   """Returns a SentencePiece model's ModelProto, if it works as usual."""
   processor = sentence_piece.read(data, where)
-  proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+  proto = ModelProto.FromString(data)
   for wrong, what in (
     (proto.trainer_spec.model_type != _UNIGRAM_TYPE, "is not a unigram model"),
     (proto.trainer_spec.byte_fallback, "falls back to bytes"),

@@ -14,11 +14,11 @@ from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from flaxmlm import InputError
 from flaxmlm.tokenizers import flags as token_flags
 from flaxmlm.tokenizers.flags import SENTENCE_START, WORD_START
+from flaxmlm.tokenizers.model_proto import ModelProto
 from flaxmlm.tokenizers.sampling import common_characters
 from flaxmlm.tokenizers.vocab import (
   SPECIAL_NAMES,

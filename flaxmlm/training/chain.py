@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
+from flaxmlm.storage import remote
 
 FILE = "chain.json"
 
@@ -143,6 +144,5 @@ def write_chain(workdir: str, phases: list[Phase]) -> None:
 
 def newest_step(workdir: str) -> int | None:
   """Returns the step of a run's newest checkpoint; None if there is none."""
-  folder = os.path.join(workdir, "checkpoints")
-  names = os.listdir(folder) if os.path.isdir(folder) else []
+  names = remote.list_checkpoints(workdir)
   return max((int(name) for name in names if name.isdigit()), default=None)

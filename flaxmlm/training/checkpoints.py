@@ -7,13 +7,13 @@ Everything else about a run is a function of its config.
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
 from flaxmlm import InputError
 from flaxmlm.models.model import Params
+from flaxmlm.storage.remote import list_names
 from flaxmlm.training.step import State
 
 
@@ -90,7 +90,7 @@ def _load_newest(
 ) -> tuple[int, dict[str, Any]]:
   _quiet()
   latest = None
-  if os.path.isdir(directory):
+  if list_names(directory):
     with ocp.training.Checkpointer(directory) as checkpointer:
       latest = checkpointer.latest
   if latest is None:

@@ -54,8 +54,10 @@ def join() -> tuple[int, int]:
   else:
     try:
       jax.distributed.initialize(**seconds)
-    except ValueError:  # a TPU that no cluster speaks of
-      return 0, 1
+    except ValueError as error:
+      if "coordinator_address" not in str(error):
+        raise
+      return 0, 1  # a TPU that no cluster speaks of
   if jax.process_index() != 0:
     # To the end of the process.
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -83,7 +85,9 @@ def _checked(given: Mapping[str, str]) -> tuple[str, int, int]:
 
 def _may_have_others() -> bool:
   """Whether this is a machine with a TPU, or one of several Slurm tasks."""
-  tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+  tpu = []
+  if "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
+    tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
   tasks = os.environ.get("SLURM_NTASKS", "1")
   return bool(tpu) or (tasks != "1" and "SLURM_PROCID" in os.environ)
 

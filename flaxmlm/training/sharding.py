@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,25 +16,29 @@ from flaxmlm import InputError
 
 AXES = ("data", "fsdp", "tensor")
 
-# The first pattern found in an array's path decides. It holds for parameters
-# and for the optimizer's state, whose paths end in the parameter's.
-RULES: tuple[tuple[str, P], ...] = (
-  (r"word/embedding$", P("tensor", "fsdp")),
+# Over the vocabulary, or where that doesn't divide over the width.
+_TABLE = (P(("fsdp", "tensor"), None), P("tensor", "fsdp"), P(None, "fsdp"))
+_TABLE_BIAS = (P(("fsdp", "tensor")), P("tensor"), P())
+
+# The first pattern found in an array's path decides; of several places, the
+# first that divides. It holds for parameters and for the optimizer's state,
+# whose paths end in the parameter's.
+RULES: tuple[tuple[str, P | tuple[P, ...]], ...] = (
+  (r"word/embedding$", _TABLE),
   (r"span_boundary/position/embedding$", P()),
   (r"(position|token_type)/embedding$", P(None, "fsdp")),
   (r"(query|key|value|intermediate|gate)/kernel$", P("fsdp", "tensor")),
   (r"(query|key|value|intermediate)/bias$", P("tensor")),
   (r"(attention_output|output)/kernel$", P("tensor", "fsdp")),
   (r"project/kernel$", P(None, "fsdp")),
-  (r"mlm/decoder$", P("tensor", "fsdp")),
+  (r"mlm/decoder$", _TABLE),
   (
     r"(mlm/transform|pooler/dense|discriminator/dense)/kernel$",
     P(None, "fsdp"),
   ),
   (r"(pair/dense|discriminator/prediction)/kernel$", P()),
   (r"span_boundary/dense_\d/kernel$", P(None, "fsdp")),
-  (r"span_boundary/bias$", P("tensor")),
-  (r"mlm/bias$", P("tensor")),
+  (r"(mlm|span_boundary)/bias$", _TABLE_BIAS),
 )
 
 
@@ -63,7 +68,10 @@ def make_mesh(
     shown = " ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     raise InputError(f"{shown} doesn't fit {count} devices")
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  grid = mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -121,15 +129,24 @@ def tree_sharding(mesh: Mesh, shapes: Any) -> Any:
       if leaf.ndim > 1:
         raise ValueError(f"training/sharding.py: no rule for matrix {name}")
       spec = P()
-    for size, axis in zip(leaf.shape, spec, strict=False):
-      if axis is not None and size % mesh.shape[axis]:
-        raise InputError(
-          f"mesh.{axis}={mesh.shape[axis]} doesn't divide {size}, an axis of"
-          f" {name}"
-        )
-    return NamedSharding(mesh, spec)
+    specs = (spec,) if isinstance(spec, P) else spec
+    for spec in specs:
+      misfit = find_misfit(mesh, leaf.shape, spec)
+      if misfit is None:
+        return NamedSharding(mesh, spec)
+    raise InputError(f"{misfit}, an axis of {name}")
 
   return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def find_misfit(mesh: Mesh, shape: Sequence[int], spec: P) -> str | None:
+  """Returns which axis of a mesh doesn't divide a shape, or None."""
+  for size, given in zip(shape, spec, strict=False):
+    axes = (given,) if isinstance(given, str) else given or ()
+    if size % int(np.prod([mesh.shape[axis] for axis in axes])):
+      shown = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+      return f"{shown} doesn't divide {size}"
+  return None
 
 
 def put_rows(mesh: Mesh, rows: Any) -> Any:

@@ -73,7 +73,9 @@ def make_train_step(
   The loss of a task is Σ nll·w / Σ w over the whole global batch, on any mesh
   and with any number of micro-batches: rows are corrupted first, so Σ w is
   known before the first micro-batch runs. Row r is in micro-batch r mod n, so
-  that each device's rows stay where they are.
+  that each device's rows stay where they are. Devices along the axis `data`
+  each sum the gradients of their own rows; these are added up once, in float32,
+  after the last micro-batch.
 
   Returns:
     `(state, batch, key) -> (state, sums)`; `key` is the run's, the same at
@@ -86,13 +88,9 @@ def make_train_step(
     x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
 
-  def train_step(
-    state: State, batch: Batch, key: Key[Array, ""]
-  ) -> tuple[State, Sums]:
-    corrupt_keys, dropout_keys = row_keys(key, state.step, batch.example)
-    example = objective.corrupt(corrupt_keys, batch, state.step)
-    weights = objective.weigh(example)
-
+  def own_gradients(
+    params: Params, weights: Any, rows: tuple[Example, Key[Array, " B"]]
+  ) -> tuple[Params, Sums]:
     def objective_loss(
       params: Params, example: Example, keys: Key[Array, " B"]
     ) -> tuple[Float[Array, ""], Sums]:
@@ -105,21 +103,38 @@ def make_train_step(
 
     grad = jax.grad(objective_loss, has_aux=True)
     if microbatches == 1:
-      grads, sums = grad(state.params, example, dropout_keys)
-    else:
-      parts = jax.tree.map(split, (example, dropout_keys))
-      shapes = jax.eval_shape(
-        grad, state.params, *jax.tree.map(lambda x: x[0], parts)
-      )
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      (grads, sums), _ = jax.lax.scan(
-        lambda sofar, part: (
-          jax.tree.map(jnp.add, sofar, grad(state.params, *part)),
-          None,
-        ),
-        zeros,
-        parts,
-      )
+      return grad(params, *rows)
+    parts = jax.tree.map(split, rows)
+    shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(
+      lambda sofar, part: (
+        jax.tree.map(jnp.add, sofar, grad(params, *part)),
+        None,
+      ),
+      zeros,
+      parts,
+    )
+    return total
+
+  gradients = own_gradients
+  if mesh.shape["data"] > 1:
+    # Left to itself, XLA reduces in bfloat16, and a tied table twice.
+    gradients = jax.shard_map(
+      lambda *given: jax.lax.psum(own_gradients(*given), "data"),
+      in_specs=(P(), P(), P("data")),
+      out_specs=P(),
+      axis_names={"data"},
+      check_vma=False,
+    )
+
+  def train_step(
+    state: State, batch: Batch, key: Key[Array, ""]
+  ) -> tuple[State, Sums]:
+    corrupt_keys, dropout_keys = row_keys(key, state.step, batch.example)
+    example = objective.corrupt(corrupt_keys, batch, state.step)
+    weights = objective.weigh(example)
+    grads, sums = gradients(state.params, weights, (example, dropout_keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     sums["step"] = {

@@ -1,0 +1,120 @@
+"""The same layers with fewer bytes to and from memory, for `layers.is_lean`.
+
+A TPU waits for its memory where a CPU waits for its products. Each function
+here keeps less for the backward pass than the plain one, or spares a scatter or
+a copy, at the price of some arithmetic; tests/test_lean.py holds each against
+the plain one. docs/tpu.md has what each saves.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flaxmlm.models.layers import gelu, is_lean
+
+
+class Weights(nn.Module):
+  """The parameters of a linear layer, by the names that `dense` gives them."""
+
+  features: int
+  stddev: float
+
+  @nn.compact
+  def __call__(self, width: int) -> tuple[Array, Array]:
+    """Returns kernel [width features] and bias [features], float32."""
+    init = nn.initializers.truncated_normal(self.stddev)
+    kernel = self.param("kernel", init, (width, self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return kernel, bias
+
+
+@jax.custom_vjp
+def feed_forward(
+  x: Float[Array, "T D"],
+  kernel_in: Float[Array, "D F"],
+  bias_in: Float[Array, " F"],
+  kernel_out: Float[Array, "F D"],
+  bias_out: Float[Array, " D"],
+) -> Float[Array, "T D"]:
+  """BERT's feed-forward with the exact GELU.
+
+  x and what enters the GELU are kept; what leaves it, which is as large, is
+  computed again, within the product that reads it: the barrier keeps the
+  compiler from taking the one of the forward pass. The gradients of the kernels
+  come out of their products in float32.
+  """
+  return _feed_forward(x, kernel_in, bias_in, kernel_out, bias_out)[0]
+
+
+def _feed_forward(
+  x: Array, kernel_in: Array, bias_in: Array, kernel_out: Array, bias_out: Array
+) -> tuple[Array, tuple[Array, ...]]:
+  dtype = x.dtype
+  inner = x @ kernel_in.astype(dtype) + bias_in.astype(dtype)
+  y = gelu(inner) @ kernel_out.astype(dtype) + bias_out.astype(dtype)
+  return y, (x, inner, kernel_in, kernel_out)
+
+
+def _feed_forward_backward(
+  kept: tuple[Array, ...], g: Array
+) -> tuple[Array, ...]:
+  x, inner, kernel_in, kernel_out = kept
+  dtype = x.dtype
+  inner = jax.lax.optimization_barrier(inner)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  outer, pullback = jax.vjp(gelu, inner)
+  (dinner,) = pullback(g @ kernel_out.astype(dtype).T)
+  return (
+    dinner @ kernel_in.astype(dtype).T,
+    product("td,tf->df", x, dinner),
+    dinner.astype(jnp.float32).sum(axis=0),
+    product("tf,td->fd", outer, g),
+    g.astype(jnp.float32).sum(axis=0),
+  )
+
+
+feed_forward.defvjp(_feed_forward, _feed_forward_backward)
+
+
+def split_heads(
+  x: Float[Array, "T D"],
+  kernel: Float[Array, "D D"],
+  bias: Float[Array, " D"],
+  *,
+  rows: int,
+  heads: int,
+) -> Float[Array, "B L H K"]:
+  """A linear layer whose result is laid out as attention's kernel reads it.
+
+  The product itself writes [B H K L]: what it is turned into here, the kernel
+  turns back, so nothing is moved.
+  """
+  D = x.shape[-1]
+  K = D // heads
+  dtype = x.dtype
+  y = jnp.einsum(
+    "bld,dhk->bhkl",
+    x.reshape(rows, -1, D),
+    kernel.astype(dtype).reshape(D, heads, K),
+  )
+  y += bias.astype(dtype).reshape(heads, K, 1)
+  return jnp.transpose(y, (0, 3, 1, 2))
+
+
+def take(
+  x: Float[Array, "B L D"], slots: Int[Array, "B M"]
+) -> Float[Array, "B M D"]:
+  """Returns the hidden states at the slots of each row.
+
+  Where bytes are to be spared, by a product with ones and zeros, whose gradient
+  is a product too, and no scatter.
+  """
+  if not is_lean(x.dtype.name):
+    return jnp.take_along_axis(x, slots[..., None], axis=1)
+  chosen = jax.nn.one_hot(slots, x.shape[1], dtype=x.dtype)
+  return jnp.einsum("bml,bld->bmd", chosen, x)

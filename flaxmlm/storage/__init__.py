@@ -1,0 +1,1 @@
+"""Where runs and stores are kept: folders here, or in a bucket."""
