@@ -9,7 +9,8 @@
 #
 #   --dry-run   shows the commands, and runs none
 #
-# If it is interrupted, the job is cancelled. Keys: launch/cloud.env.
+# If it is interrupted, the job is cancelled. Keys: launch/cloud.env. It waits for
+# flaxmlm.prepare to know gs:// (docs/launch.md).
 
 # Keys of cloud.env are read by name.
 # shellcheck disable=SC2153

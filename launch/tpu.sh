@@ -158,7 +158,7 @@ start() {
   if on_machine && [[ -e $workdir ]]; then
     send run.tgz "[ -e flaxmlm/$(show "$workdir") ] || " "$workdir" || return
   fi
-  on all "$remote stop && $remote install tpu" || return
+  on all "$remote stop && $remote install tpu,gcs" || return
   on all "$remote start $(show "${args[@]}")"
 }
 

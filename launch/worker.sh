@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine does for a run: launch/worker.sh COMMAND
 #
-#   install EXTRA  makes .venv with flaxmlm and JAX for tpu or cuda12
+#   install EXTRAS makes .venv with flaxmlm and its extras (tpu,gcs)
 #   run ARGS       trains; exits 75 if it was stopped before its last step
 #   start ARGS     the same in tmux; what it prints goes to train.log
 #   state          one line: "running | LAST LINE", "exit CODE | ..." or "none"
