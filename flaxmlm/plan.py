@@ -74,7 +74,11 @@ def main(argv: list[str] | None = None) -> None:
 
   # Before JAX is imported, by what follows too: it is to see no device of this
   # machine, and to ask no server for the TPU that it has not.
-  os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
+  }
   from flaxmlm.planning import chips
 
   chosen = chips.parse_tpu(args.tpu) if args.tpu else chips.parse_gpu(args.gpu)

@@ -69,15 +69,19 @@ def test_feed_forward():
   check(*both(lean.feed_forward, plain, *arguments), 2e-6)
 
 
-def test_the_heads_are_split_as_a_dense_layer_would():
-  def plain(x, kernel, bias):
+def test_heads_are_split_and_joined_as_dense_layers_would():
+  def split(x, kernel, bias):
     return (x @ kernel + bias).reshape(4, 12, 8, 4)
 
   def spare(x, kernel, bias):
-    return lean.split_heads(x, kernel, bias, rows=4, heads=8)
+    return lean.split_heads(x, kernel, bias, heads=8)
 
-  arguments = draw(T, D), draw(D, D, seed=1), draw(D, seed=2)
-  check(*both(spare, plain, *arguments), 2e-6)
+  def join(x, kernel, bias):
+    return x.reshape(4, 12, D) @ kernel + bias
+
+  layer = draw(D, D, seed=1), draw(D, seed=2)
+  check(*both(spare, split, draw(4, 12, D), *layer), 2e-6)
+  check(*both(lean.join_heads, join, draw(4, 12, 8, 4), *layer), 2e-6)
 
 
 def test_slots_are_taken_exactly(monkeypatch):

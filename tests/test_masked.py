@@ -10,7 +10,7 @@ import pytest
 
 from flaxmlm import objectives
 from flaxmlm.objectives import Batch, hiding
-from flaxmlm.objectives.cross_entropy import cross_entropy
+from flaxmlm.objectives.cross_entropy import cross_entropy, is_likeliest
 from flaxmlm.training.step import row_keys
 
 V, L = 200, 64
@@ -206,3 +206,13 @@ def test_cross_entropy_and_its_gradient_are_those_of_float64(
   want = -(np.log((p * hot).sum(-1)) * weights).sum()
   np.testing.assert_allclose(got, want, rtol=1e-6)
   np.testing.assert_allclose(slope, (p - hot) * weights[..., None], atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_likeliest_is_argmax_of_ties_too(dtype):
+  random = np.random.default_rng(0)
+  logits = jnp.asarray(random.integers(-3, 4, (400, 13)), dtype)
+  targets = jnp.asarray(random.integers(0, 13, 400))
+  want = logits.argmax(axis=-1) == targets
+  assert 0 < want.sum() < 400
+  assert (is_likeliest(logits, targets) == want).all()

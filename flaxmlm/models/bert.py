@@ -98,7 +98,7 @@ class Layer(nn.Module):
 
     def project(name: str) -> Array:
       if is_lean(self.dtype):
-        return lean.split_heads(x, *weights(name, H * K), rows=B, heads=H)
+        return lean.split_heads(x, *weights(name, H * K), heads=H)
       return linear(name, H * K, x).reshape(B, L, H, K)
 
     def mix(names: tuple[str, ...]) -> Array:
@@ -122,8 +122,15 @@ class Layer(nn.Module):
         heads=H,
       )
 
-    mixed = mix(("query", "key", "value")).reshape(B * L, H * K)
-    mixed = linear("attention_output", o["width"], mixed)
+    heads_first = is_lean(self.dtype) and o["attention"] != "row"
+    if heads_first:
+      # Flat, it would be laid out as no product here likes it.
+      x = x.reshape(B, L, -1)
+    mixed = mix(("query", "key", "value"))
+    if heads_first:
+      mixed = lean.join_heads(mixed, *weights("attention_output", H * K))
+    else:
+      mixed = linear("attention_output", o["width"], mixed.reshape(B * L, -1))
     mixed = dropout(mixed, dropout_keys, o["dropout"], site + 1)
     x = norm("attention_norm", x + mixed)
     if is_lean(self.dtype) and o["hidden_act"] == "gelu":
@@ -134,7 +141,7 @@ class Layer(nn.Module):
       inner = ACTIVATIONS[o["hidden_act"]](inner)
       outer = linear("output", o["width"], inner)
     outer = dropout(outer, dropout_keys, o["dropout"], site + 2)
-    return norm("output_norm", x + outer)
+    return norm("output_norm", x + outer).reshape(B * L, -1)
 
 
 class Encoder(nn.Module):

@@ -77,7 +77,7 @@ class LayerNorm(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+  def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
     """Returns the normed tokens."""
     width = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (width,))
@@ -89,11 +89,11 @@ class LayerNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize(
-  x: Float[Array, "T D"],
+  x: Float[Array, "*T D"],
   scale: Float[Array, " D"],
   bias: Float[Array, " D"] | None,
   eps: float,
-) -> Float[Array, "T D"]:
+) -> Float[Array, "*T D"]:
   """LayerNorm (Ba et al., 2016) that reads x once in either pass.
 
   The variance is E[x²] - E[x]², in float32. x, as it came, two numbers a token
@@ -126,8 +126,9 @@ def _normalize_backward(
   level = scaled.mean(axis=-1, keepdims=True)
   slope = (scaled * normed).mean(axis=-1, keepdims=True)
   dx = rstd * (scaled - level - normed * slope)
-  dbias = None if bias is None else g.sum(axis=0)
-  return dx.astype(x.dtype), (g * normed).sum(axis=0), dbias
+  tokens = tuple(range(x.ndim - 1))
+  dbias = None if bias is None else g.sum(axis=tokens)
+  return dx.astype(x.dtype), (g * normed).sum(axis=tokens), dbias
 
 
 normalize.defvjp(_normalize, _normalize_backward)

@@ -35,12 +35,12 @@ class Weights(nn.Module):
 
 @jax.custom_vjp
 def feed_forward(
-  x: Float[Array, "T D"],
+  x: Float[Array, "*T D"],
   kernel_in: Float[Array, "D F"],
   bias_in: Float[Array, " F"],
   kernel_out: Float[Array, "F D"],
   bias_out: Float[Array, " D"],
-) -> Float[Array, "T D"]:
+) -> Float[Array, "*T D"]:
   """BERT's feed-forward with the exact GELU.
 
   x and what enters the GELU are kept; what leaves it, which is as large, is
@@ -66,15 +66,20 @@ def _feed_forward_backward(
   x, inner, kernel_in, kernel_out = kept
   dtype = x.dtype
   inner = jax.lax.optimization_barrier(inner)
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  tokens = tuple(range(x.ndim - 1))
+  product = functools.partial(
+    jnp.tensordot,
+    axes=(tokens, tokens),
+    preferred_element_type=jnp.float32,
+  )
   outer, pullback = jax.vjp(gelu, inner)
   (dinner,) = pullback(g @ kernel_out.astype(dtype).T)
   return (
     dinner @ kernel_in.astype(dtype).T,
-    product("td,tf->df", x, dinner),
-    dinner.astype(jnp.float32).sum(axis=0),
-    product("tf,td->fd", outer, g),
-    g.astype(jnp.float32).sum(axis=0),
+    product(x, dinner),
+    dinner.astype(jnp.float32).sum(axis=tokens),
+    product(outer, g),
+    g.astype(jnp.float32).sum(axis=tokens),
   )
 
 
@@ -82,11 +87,10 @@ feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 
 def split_heads(
-  x: Float[Array, "T D"],
+  x: Float[Array, "B L D"],
   kernel: Float[Array, "D D"],
   bias: Float[Array, " D"],
   *,
-  rows: int,
   heads: int,
 ) -> Float[Array, "B L H K"]:
   """A linear layer whose result is laid out as attention's kernel reads it.
@@ -96,14 +100,22 @@ def split_heads(
   """
   D = x.shape[-1]
   K = D // heads
-  dtype = x.dtype
-  y = jnp.einsum(
-    "bld,dhk->bhkl",
-    x.reshape(rows, -1, D),
-    kernel.astype(dtype).reshape(D, heads, K),
-  )
-  y += bias.astype(dtype).reshape(heads, K, 1)
+  kernel = kernel.astype(x.dtype).reshape(D, heads, K)
+  y = jnp.einsum("dhk,bld->bhkl", kernel, x)
+  y += bias.astype(x.dtype).reshape(heads, K, 1)
   return jnp.transpose(y, (0, 3, 1, 2))
+
+
+def join_heads(
+  x: Float[Array, "B L H K"],
+  kernel: Float[Array, "D D"],
+  bias: Float[Array, " D"],
+) -> Float[Array, "B L D"]:
+  """A linear layer on what attention's kernel writes, heads first."""
+  H, K = x.shape[2:]
+  kernel = kernel.astype(x.dtype).reshape(H, K, -1)
+  y = jnp.einsum("bhlk,hkd->bld", jnp.swapaxes(x, 1, 2), kernel)
+  return y + bias.astype(x.dtype)
 
 
 def take(

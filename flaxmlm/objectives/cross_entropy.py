@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flaxmlm.models.layers import platform
 
@@ -38,10 +38,11 @@ def _forward(
 
 
 def _is_target(logits: Array, targets: Array) -> Array:
-  tokens = jax.lax.broadcasted_iota(
-    targets.dtype, logits.shape, logits.ndim - 1
-  )
-  return tokens == targets[..., None]
+  return _tokens(logits) == targets[..., None]
+
+
+def _tokens(logits: Array) -> Array:
+  return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 def _backward(kept: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
@@ -52,3 +53,20 @@ def _backward(kept: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def is_likeliest(
+  logits: Float[Array, "*N V"], targets: Int[Array, "*N"]
+) -> Bool[Array, "*N"]:
+  """Returns whether `argmax` of the logits would be the target.
+
+  As sums, which XLA adds up in the pass over the logits that `cross_entropy`
+  takes: 1 for a target that has the largest logit, less one for each token
+  before it that has it too.
+  """
+  wide = logits.astype(jnp.float32)
+  largest = wide == wide.max(axis=-1, keepdims=True)
+  tokens = _tokens(logits)
+  own = targets[..., None]
+  votes = (tokens == own).astype(jnp.float32) - (tokens < own)
+  return jnp.where(largest, votes, 0.0).sum(axis=-1) == 1.0
