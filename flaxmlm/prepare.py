@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError
 from flaxmlm import config as config_lib
-from flaxmlm.storage import files, remote
+from flaxmlm.storage import files, lease, remote
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -172,7 +172,11 @@ def prepare_store(
     seconds[stage] = began[-1] - began[-2]
 
   say = print if progress else None
-  with _explained(out), _started(partial, spec, say=say):
+  with (
+    _explained(out),
+    _started(partial, spec, say=say),
+    _leased(url, shared, partial) as check_lease,
+  ):
     _check_outside(partial, shared, config)
     final = os.path.join(partial, "store")
     folder = os.path.join(final, "tokenizer")
@@ -239,6 +243,7 @@ def prepare_store(
     if url is not None:
       if progress:
         print(f"copying the store to {url}", flush=True)
+      check_lease()
       remote.push_store(final, url)
       remote.keep_store(final)
       files.remove_folder(shared)
@@ -526,6 +531,15 @@ def _started(
       os.makedirs(os.path.join(partial, name), exist_ok=True)
     write_atomically(path, text)
     yield
+
+
+def _leased(
+  url: str | None, shared: str, partial: str
+) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
+  """Keeps other machines from making a store in a bucket."""
+  if url is None:
+    return contextlib.nullcontext()
+  return lease.hold(shared, os.path.join(partial, lease.MEMO))
 
 
 def _may_become_store(out: str) -> bool:

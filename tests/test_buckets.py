@@ -19,7 +19,7 @@ from test_prepare import files_of, make_config, make_tokenizer, write_text
 from flaxmlm import InputError, prepare
 from flaxmlm.data import sources
 from flaxmlm.preparing import documents, shards
-from flaxmlm.storage import files
+from flaxmlm.storage import files, lease
 
 ARCHIVES = {
   ".gz": gzip.compress,
@@ -216,6 +216,22 @@ def test_a_source_that_holds_the_store_is_refused(texts, small):
     prepare.prepare_store(
       make_config(url), f"{url}/store", progress=False, beam=DIRECT
     )
+
+
+def test_two_machines_that_make_one_store_are_kept_apart(
+  texts, tmp_path, small, monkeypatch
+):
+  folder, url = texts
+  out = f"{url}-two"
+  monkeypatch.setattr(lease, "RENEWED_EVERY", 0.1)
+  monkeypatch.setattr(lease, "_LOOK_EVERY", 0.5)
+  with (
+    lease.hold(f"{out}.partial", str(tmp_path / "memo")),
+    pytest.raises(InputError, match=r"-two\.partial: process .* lives"),
+  ):
+    prepare.prepare_store(config(folder), out, progress=False)
+  prepare.prepare_store(config(folder), out, progress=False)
+  assert not files.list_names(f"{out}.partial")
 
 
 def test_a_folder_with_something_else_is_left(texts, small):
