@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from http import HTTPStatus
 
 import pyarrow
 import pyarrow.parquet
@@ -95,11 +96,30 @@ def test_a_file_that_goes_away_is_no_bad_record(bucket, tmp_path):
       list(read)
 
 
-def test_what_does_not_answer_is_no_bad_record(bucket, tmp_path):
-  url = "gs://no-such-bucket/texts/*.txt"
+@pytest.mark.parametrize("name", ["1.jsonl.gz", "2.parquet", "3.txt", "4.zst"])
+def test_what_is_refused_is_no_bad_record(bucket, tmp_path, monkeypatch, name):
+  from gcp_storage_emulator import server
+  from gcp_storage_emulator.handlers import objects
+
+  name = name.replace("4.", "4.csv.")
+  url = f"{bucket}/{tmp_path.name}/{name}"
+  files.write(url, b"text" * 100)
+
+  def refuse(request, response, storage):
+    response.status = HTTPStatus.FORBIDDEN
+
+  for _, handlers in server.HANDLERS:
+    if handlers.get("GET") is objects.download:
+      monkeypatch.setitem(handlers, "GET", refuse)
+  read = sources.read([url], on_bad_record="skip")
+  with pytest.raises(files.BucketError, match="Forbidden"):
+    list(read)
+
+
+def test_buckets_that_are_not_there(bucket):
   with pytest.raises(InputError, match="gs://no-such-bucket/texts"):
-    sources.find(url)
-  with pytest.raises(InputError, match="such paths can't be read; gs:// can"):
+    sources.find("gs://no-such-bucket/texts/*.txt")
+  with pytest.raises(InputError, match="those of gs:// alone can be read"):
     sources.find("s4://bucket/texts")
 
 

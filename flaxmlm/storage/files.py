@@ -41,12 +41,15 @@ def system(protocol: str) -> Any:
   """Returns fsspec's file system, one that remembers no listing.
 
   Raises:
-    InputError: What reads such paths isn't installed.
+    InputError: It isn't gs, or what reads such paths isn't installed.
   """
-  if importlib.util.find_spec("gcsfs") is None or protocol != "gs":
+  if protocol != "gs":
     raise InputError(
-      f"{protocol}://: such paths can't be read; gs:// can, with gcsfs:"
-      " pip install -e '.[gcs]'"
+      f"{protocol}://: of buckets, those of gs:// alone can be read"
+    )
+  if importlib.util.find_spec("gcsfs") is None:
+    raise InputError(
+      "gs://: what reads such paths is missing; pip install -e '.[gcs]'"
     )
   import fsspec
 
