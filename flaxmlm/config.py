@@ -568,7 +568,7 @@ def validate(
     )
   if c.tokenizer.path is not None and sources:
     need(
-      os.path.exists(c.tokenizer.path),
+      "://" in c.tokenizer.path or os.path.exists(c.tokenizer.path),
       f"tokenizer.path={c.tokenizer.path}: no such file or folder",
     )
   if c.tokenizer.words == "jieba":
@@ -730,6 +730,7 @@ def _source_exists(path: str) -> bool:
   return (
     path == "embedded"
     or path.startswith("tfds:")
+    or "://" in path  # which isn't looked for before it is to be read
     or os.path.exists(path)
     or any(True for _ in glob.iglob(path, recursive=True))
   )
@@ -860,13 +861,15 @@ def take_rest(
     InputError: The folder is none that can be begun from, or a key is set to
       something that its parameters can't be used with.
   """
+  from flaxmlm.storage.remote import localize, origin
   from flaxmlm.training.chain import newest_step
 
   run, folder = config.train.continue_from, config.model.init_from
   values = to_flat(config)
   if run is None and folder is None:
     return config
-  if workdir and run and os.path.realpath(run) == os.path.realpath(workdir):
+  names = {os.path.realpath(workdir), origin(workdir)} if workdir else set()
+  if run and {os.path.realpath(run), run.rstrip("/")} & names:
     raise InputError(
       f"train.continue_from={run} is the --workdir; the next phase needs"
       " another one"
@@ -877,7 +880,7 @@ def take_rest(
     return check_keys(own | {k: values[k] for k in stated}, where=path)
   if run is None:
     return _take_architecture(values, stated, folder)
-  step = newest_step(run)
+  step = newest_step(localize(run))
   if step is None:
     raise InputError(
       f"train.continue_from={run}: no run that has saved anything there; to"
@@ -929,7 +932,10 @@ def _take_folder(
 
 def _read_architecture(folder: str) -> dict[str, Any]:
   """Returns the `model` keys of a run's or a Hugging Face folder, flat."""
-  path = os.path.join(folder, "config.json")
+  from flaxmlm.storage.remote import localize
+
+  here = localize(folder)
+  path = os.path.join(here, "config.json")
   if not os.path.isfile(path):
     raise InputError(
       f"model.init_from={folder}: neither a run nor a Hugging Face folder (no"
@@ -943,7 +949,7 @@ def _read_architecture(folder: str) -> dict[str, Any]:
   if isinstance(data, dict) and "model_type" in data:
     from flaxmlm.interop.families import read_config
 
-    found = read_config(data, folder)[1]
+    found = read_config(data, here)[1]
   else:
     found = from_json(path).model.to_dict()
   theirs = {f"model.{name}": value for name, value in found.items()}
@@ -979,7 +985,9 @@ def _take_run(
   values: Mapping[str, Any], stated: Collection[str], run: str, step: int
 ) -> ConfigDict:
   """Returns the config with what isn't stated as in `train.continue_from`."""
-  path = os.path.join(run, "config.json")
+  from flaxmlm.storage.remote import localize
+
+  path = os.path.join(localize(run), "config.json")
   theirs = to_flat(from_json(path))
   theirs["model.init_from"] = None  # its parameters are the run's now
   named = theirs["data.store"]

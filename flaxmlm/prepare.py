@@ -3,6 +3,8 @@ r"""Makes a token store out of text: cleans, tokenizes, splits, de-duplicates.
   python -m flaxmlm.prepare --config=configs/bert_mini.py --out=stores/novels \
     --config.data.source='novels/*.txt'
 
+Text and store may be in a bucket (gs://bucket/folder, extra gcs).
+
 The folder has the tokenizer too: `train --config.data.store=DIR` needs nothing
 else. A run that was killed goes on where it was when it is started again; a
 store that is finished is left as it is. The store is the same, byte for byte,
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -21,12 +24,14 @@ import shlex
 import shutil
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError
 from flaxmlm import config as config_lib
+from flaxmlm.storage import files, lease, remote
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -67,17 +72,14 @@ def main() -> None:  # noqa: D103
     return
   if args.out is None:
     raise InputError("--out=DIR is missing: the folder of the store")
-  if "://" in args.out:
-    raise InputError(
-      f"--out={args.out}: make the store in a folder here, then copy that"
-    )
   if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
     raise InputError(f"--json={args.json}: no such folder")
   beam = _beam_arguments(args.runner, options)
 
   from flaxmlm.data import rows, store
 
-  finished = os.path.exists(os.path.join(args.out, store.MANIFEST))
+  args.out = args.out.rstrip("/") or args.out
+  finished = store.is_store(args.out)
   seconds: dict[str, float] = {}
   made = prepare_store(config, args.out, seconds=seconds, beam=beam)
   if finished:
@@ -119,6 +121,10 @@ def prepare_store(
   some shards a process, whatever the size of the text, and 20 bytes a document
   (by Apache Beam, none).
 
+  A store in a bucket is made in a folder of this machine, then copied there and
+  left in the cache (`remote.fetch`). By Apache Beam, shards are made in the
+  bucket and copied here.
+
   Args:
     config: The keys under `data` and `tokenizer` are used.
     out: Folder of the store.
@@ -141,14 +147,22 @@ def prepare_store(
 
   given = load_tokenizer(config)
   spec = store_spec(config, given)
-  partial = out.rstrip(os.sep) + ".partial"
-  if os.path.exists(os.path.join(out, store.MANIFEST)):
-    made = store.open_store(out)
-    check_same(made.manifest["spec"], spec, out)
-    shutil.rmtree(partial, ignore_errors=True)  # killed while it was deleted
+  # Where workers of other machines find and leave what they need.
+  shared = partial = out.rstrip(os.sep) + ".partial"
+  url = out if files.is_remote(out) else None
+  if url is not None:
+    out = remote.workplace(url)
+    partial = f"{out}.partial"
+  if store.is_store(url or out):
+    made = store.open_store(url or out)
+    check_same(made.manifest["spec"], spec, url or out)
+    for folder in (shared, partial):
+      files.remove_folder(folder)  # killed while it was deleted
     return made
-  if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-    raise InputError(f"{out}: exists and isn't a store; use another folder")
+  if not _may_become_store(url or out):
+    raise InputError(
+      f"{url or out}: exists and isn't a store; use another folder"
+    )
 
   began = [time.perf_counter()]
   seconds = {} if seconds is None else seconds
@@ -158,8 +172,12 @@ def prepare_store(
     seconds[stage] = began[-1] - began[-2]
 
   say = print if progress else None
-  with _explained(out), _started(partial, spec, say=say):
-    _check_outside(partial, config)
+  with (
+    _explained(out),
+    _started(partial, spec, say=say),
+    _leased(url, shared, partial) as check_lease,
+  ):
+    _check_outside(partial, shared, config)
     final = os.path.join(partial, "store")
     folder = os.path.join(final, "tokenizer")
     if not os.path.isdir(folder):
@@ -174,8 +192,11 @@ def prepare_store(
     # What can be known to be wrong without reading is said before any of it.
     specs = documents.all_sources(config)
     sources.read(specs, **documents.reading(config), bad=bad)
+    # By name, so that an older job of other text or cleaning writes elsewhere.
+    text = json.dumps([spec, tokenizer.fingerprint]).encode()
+    kind = hashlib.sha256(text).hexdigest()[:16]
     recipe = shards.Recipe(
-      os.path.join(partial, "shards"),
+      os.path.join(partial, "shards", kind),
       folder,
       tokenizer.fingerprint,
       config.data.cleaning.to_dict(),
@@ -183,7 +204,7 @@ def prepare_store(
     parts = documents.cut(config)
     make = _by_pool
     if beam is not None:
-      make = functools.partial(_by_beam, beam)
+      make = functools.partial(_by_beam, beam, shared)
       if progress:
         print(f"tokenizing by Apache Beam: {len(parts):,} parts", flush=True)
     with _progress(progress, documents.total_bytes(config)) as update:
@@ -192,7 +213,9 @@ def prepare_store(
     if progress:
       for message in _bad_lines(bad):
         print(message)
-      if beam is not None:
+      if beam is not None and (
+        config.data.cleaning.deduplicate or config.data.validation_source
+      ):
         print("looking for copies by Apache Beam", flush=True)
       print("putting the store together", flush=True)
     manifest = store.assemble(
@@ -217,10 +240,18 @@ def prepare_store(
         f"{config.data.validation_fraction:g}; the one with the smallest hash"
         " is held out for validation"
       )
-    os.replace(final, out)
+    if url is not None:
+      if progress:
+        print(f"copying the store to {url}", flush=True)
+      check_lease()
+      remote.push_store(final, url)
+      remote.keep_store(final)
+      files.remove_folder(shared)
+    else:
+      os.replace(final, out)
     shutil.rmtree(partial, ignore_errors=True)
     finished("store")
-  return store.open_store(out)
+  return store.open_store(url or out)
 
 
 def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
@@ -230,7 +261,7 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
   if config.tokenizer.path is None:
     return None
   return tokenizers.load(
-    config.tokenizer.path,
+    remote.localize(config.tokenizer.path),
     lowercase=config.tokenizer.lowercase or None,
     words="jieba" if config.tokenizer.words == "jieba" else None,
   )
@@ -428,8 +459,8 @@ def _source_spec(source: str | tuple[str, ...] | None) -> list | None:
   entries = []
   for spec in config_lib.as_tuple(source):
     named = sources.files([spec])
-    files = [[os.path.basename(f), os.path.getsize(f)] for f in named]
-    entries.append(files or spec)
+    sizes = [[os.path.basename(f), files.size_of(f)] for f in named]
+    entries.append(sizes or spec)
   return entries
 
 
@@ -456,6 +487,11 @@ def _explained(out: str) -> Iterator[None]:
   """Makes one line of a full disk or of a folder that can't be written."""
   try:
     yield
+  except files.BucketError as error:
+    raise InputError(
+      f"{error.filename}: {error.strerror}; started again, it goes on where it"
+      " was"
+    ) from error
   except OSError as error:
     raise InputError(
       f"{error.filename or out}: {error.strerror or error}; free some space or"
@@ -497,7 +533,29 @@ def _started(
     yield
 
 
-def _check_outside(partial: str, config: ConfigDict) -> None:
+def _leased(
+  url: str | None, shared: str, partial: str
+) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
+  """Keeps other machines from making a store in a bucket."""
+  if url is None:
+    return contextlib.nullcontext()
+  return lease.hold(shared, os.path.join(partial, lease.MEMO))
+
+
+def _may_become_store(out: str) -> bool:
+  """Whether a folder is empty, or has what is left of copying a store there."""
+  if not files.is_remote(out):
+    return not os.path.exists(out) or (
+      os.path.isdir(out) and not os.listdir(out)
+    )
+  known = {"train", "validation", "tokenizer", "counts.bin"}
+  try:
+    return set(files.list_names(out)) <= known
+  except OSError as error:
+    raise InputError(f"{out}: {error.strerror}") from error
+
+
+def _check_outside(partial: str, shared: str, config: ConfigDict) -> None:
   """Raises InputError if a source takes what we write for text."""
   from flaxmlm.data import sources
   from flaxmlm.preparing import documents
@@ -505,10 +563,15 @@ def _check_outside(partial: str, config: ConfigDict) -> None:
   specs = documents.all_sources(config)
   ours = os.path.join(os.path.realpath(partial), "")
   for spec in specs:
-    if any(os.path.realpath(p).startswith(ours) for p in sources.files([spec])):
+    if files.is_remote(spec):
+      inside = files.fits(f"{shared}/jobs/0/parts.json", spec)
+    else:
+      found = map(os.path.realpath, sources.files([spec]))
+      inside = any(path.startswith(ours) for path in found)
+    if inside:
       shutil.rmtree(partial, ignore_errors=True)
       raise InputError(
-        f"{partial}: is inside of the source {spec} and would be read as text;"
+        f"{shared}: is inside of the source {spec} and would be read as text;"
         " use an --out or --workdir elsewhere"
       )
 
@@ -536,27 +599,43 @@ def _by_pool(
 
 def _by_beam(
   arguments: Sequence[str],
+  shared: str,
   config: ConfigDict,
   parts: Sequence[Part],
   recipe: Recipe,
   bad: BadRecords,
   update: Update,
 ) -> tuple[list[str], int, Choose]:
-  """As `_by_pool`, by Apache Beam."""
+  """As `_by_pool`, by Apache Beam, by way of a folder that all workers see."""
   from flaxmlm.preparing import beam, documents
 
+  here, tokenizer = recipe.folder, os.path.abspath(recipe.tokenizer)
+  in_bucket = files.is_remote(shared)
+  shared = shared if in_bucket else os.path.abspath(shared)
+  files.remove_folder(os.path.join(shared, "jobs"))  # their workers end
+  folder = os.path.join(shared, "jobs", uuid.uuid4().hex[:12])
+  if in_bucket:
+    for name in os.listdir(tokenizer):
+      path = os.path.join(tokenizer, name)
+      files.copy_there(path, f"{folder}/tokenizer/{name}")
+    tokenizer = f"{folder}/tokenizer"
   recipe = recipe._replace(
-    folder=os.path.abspath(recipe.folder),
-    tokenizer=os.path.abspath(recipe.tokenizer),
+    folder=os.path.join(shared, "shards", os.path.basename(here)),
+    tokenizer=tokenizer,
   )
   options = documents.reading(config)
   if options["tfds_dir"] and "://" not in options["tfds_dir"]:
     options["tfds_dir"] = os.path.abspath(options["tfds_dir"])
-  job = beam.Job(os.path.dirname(recipe.folder), options, recipe)
+  job = beam.Job(folder, options, recipe)
   results = beam.tokenize(job, parts, arguments, bad, update)
   done = [done for result in results for done in result.shards]
+  paths = [shard.path for shard in done]
+  if in_bucket:
+    files.remove_folder(here)  # copies of an earlier time
+    files.copy_here(paths, recipe.folder, here)
+    paths = [path.replace(recipe.folder, here, 1) for path in paths]
   return (
-    [shard.path for shard in done],
+    paths,
     sum(shard.bytes for shard in done),
     functools.partial(beam.choose, job, results, arguments),
   )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
-from flaxmlm.storage import remote
+from flaxmlm.storage import lease, remote
 from flaxmlm.training import hosts, memory
 from flaxmlm.training.chain import newest_step
 
@@ -40,12 +40,19 @@ _LONGEST_WORD = 12  # tokens on average; longer ones are no words
 
 def main(argv: list[str] | None = None) -> None:
   """Trains a model in a workdir."""
+  with contextlib.ExitStack() as claims:
+    train(argv, claims)
+
+
+def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
+  """As `main`, with what is to be given back at the end on a stack."""
   began = time.perf_counter()
   args, c = config.parse(config.parser(__doc__), argv)
   process, processes = hosts.join()
   workdir = os.path.abspath(args.workdir)
   push = remote.make_push(workdir)
   if process == 0:
+    check_claim = claims.enter_context(remote.claim(workdir))
     lock = claim_workdir(workdir, c)
   else:  # the first one writes, and the others find it there
     hosts.wait("the data", processes)
@@ -64,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
   if process == 0:
     claim_store(workdir, store)
     tokenizer.save(os.path.join(workdir, "tokenizer"))
-    push()
+    push(must=True)
     hosts.wait("the data", processes)
   if validation.rows == 0:
     raise InputError(
@@ -104,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
   if process == 0 and not begun:
     chain.write_chain(workdir, [*before, phase])
-    push()
+    push(must=True)
 
   # The parts.
   V, L, B = tokenizer.vocab.size, c.data.row_length, c.train.batch_size
@@ -173,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
 
   def save(state: State) -> None:
     if process == 0:
-      push()  # first: no checkpoint is there without what belongs to it
+      check_claim()
+      push(must=False)  # first: a checkpoint comes after what belongs to it
     checkpoints.save(checkpointer, state)
 
   # The state: the newest checkpoint's, or a new one.
@@ -296,7 +304,8 @@ def main(argv: list[str] | None = None) -> None:
         for old, new in both
       ],
     )
-    push()
+    check_claim()
+    push(must=True)
     lock.close()
   hosts.wait("the end", processes)
   shown = remote.origin(workdir)
@@ -447,11 +456,15 @@ def hold_run(run: str) -> IO[bytes] | None:
   Returns:
     An open file that holds a lock on the run's workdir: until it is closed,
     nobody can train there, but others may hold it too. None where there are no
-    locks: in a copy without the file, on a file system that knows none.
+    locks: in a copy without the file, on a file system that knows none, in a
+    bucket.
 
   Raises:
     InputError: A process trains there.
   """
+  if remote.is_remote(run):
+    lease.check_free(run.rstrip("/"))
+    return None
   try:
     lock = open(os.path.join(run, "lock"), "rb")  # noqa: SIM115
   except OSError:
@@ -480,6 +493,7 @@ def check_tokenizer(c: ConfigDict) -> None:
 
   run = c.train.continue_from
   theirs = os.path.join(run, "tokenizer")
+  fingerprint = tokenizers.load(remote.localize(theirs)).fingerprint
   if c.data.store is not None:
     ours = open_store(c.data.store).manifest["tokenizer"]
     where = f"{c.data.store} was made with"
@@ -488,7 +502,7 @@ def check_tokenizer(c: ConfigDict) -> None:
     ours = prepare.load_tokenizer(c).fingerprint
     where = f"tokenizer.path={c.tokenizer.path} is"
     instead = "leave the key out"
-  if ours != tokenizers.load(theirs).fingerprint:
+  if ours != fingerprint:
     raise InputError(
       f"{where} another tokenizer than that of train.continue_from={run};"
       f" {instead}, or take the parameters alone by model.init_from"

@@ -9,8 +9,7 @@
 #
 #   --dry-run   shows the commands, and runs none
 #
-# If it is interrupted, the job is cancelled. Keys: launch/cloud.env. It waits for
-# flaxmlm.prepare to know gs:// (docs/launch.md).
+# If it is interrupted, the job is cancelled. Keys: launch/cloud.env.
 
 # Keys of cloud.env are read by name.
 # shellcheck disable=SC2153
@@ -55,14 +54,14 @@ run() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
   fi
-  # The workers install this very code.
-  cloud "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch" .
-  local wheel=("$scratch"/flaxmlm-*.whl)
+  # The workers install this very code, and what reads buckets.
+  cloud "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch" . gcsfs
+  local wheels=("$scratch"/{flaxmlm,gcsfs}-*.whl)
   cloud "$python" -m flaxmlm.prepare --runner=DataflowRunner "${args[@]}" -- \
     --project="$PROJECT" --region="$REGION" --job_name="$NAME" \
     --temp_location="$BUCKET/dataflow/tmp" \
     --staging_location="$BUCKET/dataflow/staging" \
-    --extra_package="${wheel[0]}" "$@" &
+    --extra_package="${wheels[0]}" --extra_package="${wheels[1]}" "$@" &
   child=$!
   wait "$child"
 }

@@ -1,10 +1,15 @@
 """Eight emulated CPU devices, the real data, and what several files use."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import threading
+from http import HTTPStatus
 
 # Most of the time goes into compiling: unoptimised, it takes less than half.
 # What XLA_FLAGS says comes after, and counts.
@@ -72,3 +77,78 @@ def real_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip(f"no real data at {path}; set FLAXMLM_DATA")
   return path
+
+
+@pytest.fixture(scope="session")
+def bucket():
+  """A bucket of a server in this process that speaks GCS's API.
+
+  The test is skipped where the extra gcs or the server isn't installed.
+  """
+  if importlib.util.find_spec("gcsfs") is None:
+    pytest.skip("no gcsfs; the extra gcs has it")
+  emulator = pytest.importorskip(
+    "gcp_storage_emulator.server", reason="no gcp-storage-emulator"
+  )
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  address = f"http://127.0.0.1:{port}"
+  keys = {
+    "STORAGE_EMULATOR_HOST": address,  # gcsfs reads it
+    "TENSORSTORE_GCS_HTTP_URL": address,
+    "FSSPEC_GS_TOKEN": "anon",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+    # Else gcsfs asks Google's gRPC service, for a minute, what kind of bucket
+    # it is. Read when gcsfs is imported, which is at the first use.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+  }
+  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    for name, value in keys.items():
+      patch.setenv(name, value)
+    _heed_generations(patch)
+    server = emulator.create_server(
+      "127.0.0.1", port, in_memory=True, default_bucket="bucket"
+    )
+    server.start()
+    stack.callback(server.stop)
+    yield "gs://bucket"
+
+
+def _heed_generations(patch: pytest.MonkeyPatch) -> None:
+  """Makes the server refuse as GCS does what `ifGenerationMatch` forbids."""
+  from gcp_storage_emulator import server
+  from gcp_storage_emulator.exceptions import NotFound
+  from gcp_storage_emulator.handlers import objects
+
+  lock = threading.Lock()
+
+  def heeding(handle, find):
+    def checked(request, response, storage, *args, **kwargs):
+      wanted = request.query.get("ifGenerationMatch")
+      if wanted is None:
+        return handle(request, response, storage, *args, **kwargs)
+      with lock:
+        try:
+          found = storage.get_file_obj(
+            request.params["bucket_name"], find(request)
+          )["generation"]
+        except NotFound:
+          found = "0"
+        if found != wanted[0]:
+          _ = request.data  # it has to be read before an answer
+          response.status = HTTPStatus.PRECONDITION_FAILED
+          return None
+        return handle(request, response, storage, *args, **kwargs)
+
+    return checked
+
+  for name, find in (
+    ("_media_upload", lambda request: request.query["name"][0]),
+    ("_multipart_upload", lambda request: request.data["meta"]["name"]),
+  ):
+    patch.setattr(objects, name, heeding(getattr(objects, name), find))
+  delete = heeding(objects.delete, lambda request: request.params["object_id"])
+  for _, handlers in server.HANDLERS:
+    if handlers.get("DELETE") is objects.delete:
+      patch.setitem(handlers, "DELETE", delete)

@@ -21,7 +21,7 @@ FLOORS = {
   "planning": {"training"},
   "training": {"models", "objectives", "pages", "storage"},
   "interop": {"models"},
-  "preparing": {"tokenizers", "data", "config"},
+  "preparing": {"tokenizers", "data", "config", "storage"},
   "inference": {
     *("tokenizers", "models", "objectives", "training", "interop"),
     *("config", "storage"),

@@ -1,13 +1,12 @@
 """Stores and runs in a bucket, of a storage server that speaks GCS's API."""
 
-import contextlib
-import importlib.util
+import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,13 +14,7 @@ from conftest import ROOT, environment, lines, program
 
 from flaxmlm import InputError
 from flaxmlm.data.store import open_store
-from flaxmlm.storage import remote
-
-if importlib.util.find_spec("gcsfs") is None:
-  pytest.skip("no gcsfs; the extra gcs has it", allow_module_level=True)
-emulator = pytest.importorskip(
-  "gcp_storage_emulator.server", reason="no gcp-storage-emulator"
-)
+from flaxmlm.storage import files, lease, remote
 
 ARGS = [
   "--config=configs/quickstart.py",
@@ -34,33 +27,6 @@ ARGS = [
   "--config.eval.rows=16",
   "--config.log.every=1",
 ]
-
-
-@pytest.fixture(scope="module")
-def bucket():
-  """A bucket of a server in this process, empty at first."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  address = f"http://127.0.0.1:{port}"
-  keys = {
-    "STORAGE_EMULATOR_HOST": address,  # gcsfs reads it
-    "TENSORSTORE_GCS_HTTP_URL": address,
-    "FSSPEC_GS_TOKEN": "anon",
-    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-    # Else gcsfs asks Google's gRPC service, for a minute, what kind of bucket
-    # it is. Read when gcsfs is imported, which is at the first use.
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-  }
-  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-    for name, value in keys.items():
-      patch.setenv(name, value)
-    server = emulator.create_server(
-      "127.0.0.1", port, in_memory=True, default_bucket="bucket"
-    )
-    server.start()
-    stack.callback(server.stop)
-    yield "gs://bucket"
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +53,10 @@ def test_a_store_is_copied_once_and_checked(
 def test_a_damaged_file_is_named(bucket, store, tmp_path, monkeypatch):
   url = f"{bucket}/{tmp_path.name}"
   remote.push_store(str(store), url)
-  path = remote.open_path(f"{url}/train/flags.bin")
-  data = bytearray(path.read_bytes())
+  path = f"{url}/train/flags.bin"
+  data = bytearray(files.read(path))
   data[7] ^= 1
-  path.write_bytes(bytes(data))
+  files.write(path, bytes(data))
   monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "here"))
   with pytest.raises(InputError, match=r"train/flags.bin: its sha256 isn't"):
     open_store(url)
@@ -98,10 +64,11 @@ def test_a_damaged_file_is_named(bucket, store, tmp_path, monkeypatch):
     open_store(f"{bucket}/nothing")
 
 
-def run(cache, *args: str) -> str:
+def run(cache, *args: str, config: bool = True) -> str:
   """Trains on a machine with a cache of its own."""
+  args = (*ARGS, *args) if config else args
   done = subprocess.run(
-    [sys.executable, "-m", "flaxmlm.train", *ARGS, *args],
+    [sys.executable, "-m", "flaxmlm.train", *args],
     cwd=ROOT,
     env=environment() | {"FLAXMLM_CACHE": str(cache)},
     capture_output=True,
@@ -121,22 +88,22 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, tmp_path):
     env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "first")},
     stdout=subprocess.DEVNULL,
   )
-  checkpoint = remote.open_path(f"{workdir}/checkpoints/4")
+  checkpoint = f"{workdir}/checkpoints/4/commit_success.txt"
   deadline = time.monotonic() + 120
-  while not checkpoint.exists():
+  while not files.exists(checkpoint):
     assert process.poll() is None
     assert time.monotonic() < deadline
     time.sleep(0.1)
   process.send_signal(signal.SIGKILL)
   process.wait()
+  # As its message says, for who won't wait three minutes.
+  files.remove_folder(f"{workdir}/lease.json")
   said = run(tmp_path / "second", f"--workdir={workdir}")
   assert "going on after step" in said
   assert f"report: {workdir}/report.html" in said
 
   run(tmp_path / "third", f"--workdir={tmp_path}/local")
-  (tmp_path / "metrics").write_bytes(
-    remote.open_path(f"{workdir}/metrics.jsonl").read_bytes()
-  )
+  (tmp_path / "metrics").write_bytes(files.read(f"{workdir}/metrics.jsonl"))
   got, want = (
     [line["train/loss"] for line in lines(path) if "train/loss" in line]
     for path in (tmp_path / "metrics", tmp_path / "local" / "metrics.jsonl")
@@ -153,9 +120,202 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, tmp_path):
   assert "unigram_entropy" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_run_begins_from_runs_in_a_bucket(bucket, tmp_path):
+  """What it takes from them is what it takes from their copies here."""
+  run(tmp_path / "first", f"--workdir={bucket}/runs/base")
+  here = tmp_path / "base"
+  url = f"{bucket}/runs/base"
+  files.copy_here(files.list_tree(url), url, str(here))
+  got = {}
+  for name, base, root in (
+    ("bucket", url, f"{bucket}/runs"),
+    ("here", here, tmp_path / "runs"),
+  ):
+    run(
+      tmp_path / name,
+      f"--config.model.init_from={base}",
+      "--config.train.steps=2",
+      f"--workdir={root}/begun",
+    )
+    run(
+      tmp_path / name,
+      f"--config.train.continue_from={base}",
+      "--config.train.steps=12",
+      f"--workdir={root}/next",
+      config=False,
+    )
+    for workdir in (f"{root}/begun", f"{root}/next"):
+      path = f"{workdir}/metrics.jsonl"
+      (tmp_path / "metrics").write_bytes(files.read(path))
+      got[name, workdir.rpartition("/")[2]] = [
+        line["train/loss"]
+        for line in lines(tmp_path / "metrics")
+        if "train/loss" in line
+      ]
+    chain = json.loads(files.read(f"{root}/next/chain.json"))
+    assert [phase["workdir"] for phase in chain] == [
+      str(base),
+      f"{root}/next",
+    ]
+  assert len(got["here", "begun"]) == len(got["here", "next"]) == 2
+  for name in ("begun", "next"):
+    assert got["here", name] == got["bucket", name]
+
+
 def test_a_local_run_has_no_origin(tmp_path):
   assert remote.localize(str(tmp_path)) == str(tmp_path)
   assert remote.origin(str(tmp_path)) is None
   assert remote.checkpoints(str(tmp_path)) == os.path.join(
     tmp_path, "checkpoints"
   )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Leases that are stale after seconds."""
+  monkeypatch.setattr(lease, "RENEWED_EVERY", 0.1)
+  monkeypatch.setattr(lease, "STALE_AFTER", 3.0)
+  monkeypatch.setattr(lease, "_LOOK_EVERY", 0.05)
+
+
+def test_of_many_that_begin_at_once_one_gets_the_lease(bucket, tmp_path, quick):
+  url = f"{bucket}/{tmp_path.name}"
+  begin, done = threading.Barrier(6), threading.Barrier(6)
+  got = []
+
+  def take(number: int) -> None:
+    begin.wait()
+    try:
+      with lease.hold(
+        url, str(tmp_path / str(number)), say=got.append
+      ) as check:
+        got.append(number)
+        done.wait()
+        check()
+    except InputError as error:
+      assert "lives" in str(error) and f"process {os.getpid()} on" in str(error)
+      done.wait()
+
+  threads = [threading.Thread(target=take, args=(n,)) for n in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  numbers = [each for each in got if isinstance(each, int)]
+  said = [each for each in got if isinstance(each, str)]
+  assert len(numbers) == 1
+  assert len(said) == 5 and all(f"rm {url}/lease.json" in s for s in said)
+  assert not files.exists(f"{url}/lease.json")
+  lease.check_free(url)
+
+
+def test_a_lease_of_the_dead_is_taken_over_after_some_time(
+  bucket, tmp_path, quick, monkeypatch
+):
+  url = f"{bucket}/{tmp_path.name}"
+  path = f"{url}/lease.json"
+  said = []
+  with lease.hold(url, str(tmp_path / "first")) as check:
+    check()
+    left = files.read(path)
+  # As after kill -9: it is there, and nobody renews it.
+  files.write(path, left)
+  with pytest.raises(InputError, match="stop it first"):
+    lease.check_free(url)
+  began = time.monotonic()
+  with lease.hold(url, str(tmp_path / "second"), say=said.append):
+    assert time.monotonic() - began >= 3
+  assert len(said) == 1 and "waiting 3 s" in said[0]
+  # In the folder that it was held in, it is known to be gone.
+  monkeypatch.setattr(lease, "STALE_AFTER", 1000.0)
+  files.write(path, left)
+  with lease.hold(url, str(tmp_path / "first"), say=said.append):
+    pass
+  assert len(said) == 1
+
+
+def test_who_was_suspended_too_long_writes_nothing_more(
+  bucket, tmp_path, quick, monkeypatch
+):
+  url = f"{bucket}/{tmp_path.name}"
+  monkeypatch.setattr(lease, "RENEWED_EVERY", 1000.0)
+  with lease.hold(url, str(tmp_path / "first")) as first:
+    first()
+    with lease.hold(url, str(tmp_path / "second"), say=str) as second:
+      with pytest.raises(InputError, match="another process has taken over"):
+        first()
+      second()
+    # Nor does it take it back.
+    with pytest.raises(InputError, match="another process has taken over"):
+      first()
+  with (
+    lease.hold(url, str(tmp_path / "one"), say=str),
+    pytest.raises(InputError, match="another process of this machine"),
+    lease.hold(url, str(tmp_path / "one"), say=str),
+  ):
+    pass
+
+
+def test_a_push_that_fails_is_tried_again(
+  bucket, tmp_path, monkeypatch, capsys
+):
+  url = f"{bucket}/{tmp_path.name}"
+  monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "here"))
+  workdir = remote.localize(url)
+  push = remote.make_push(workdir)
+  names = ("a.json", "deep/b.json", "c.json")
+  (pathlib.Path(workdir) / "deep").mkdir()
+  for name in names:
+    (pathlib.Path(workdir) / name).write_text(name)
+  write = files.write
+
+  def refuse(path, data):
+    if path.endswith("c.json"):
+      raise files.BucketError(5, "Forbidden", path)
+    write(path, data)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(files, "write", refuse)
+    push(must=False)
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: ") and said.count("\n") == 1
+    assert workdir in said
+    with pytest.raises(InputError, match=f"Forbidden.*are in {workdir}"):
+      push(must=True)
+  push(must=True)
+  assert {files.read(f"{url}/{n}").decode() for n in names} == set(names)
+  assert not {"lock", "origin.txt"} & set(files.list_names(url))
+
+
+@pytest.mark.slow
+def test_two_machines_that_train_in_one_bucket_are_kept_apart(bucket, tmp_path):
+  workdir = f"{bucket}/runs/two"
+  process = subprocess.Popen(
+    [sys.executable, "-m", "flaxmlm.train", *ARGS]
+    + [f"--workdir={workdir}", "--config.train.steps=100000"],
+    cwd=ROOT,
+    env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "first")},
+    stdout=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + 120
+  while not files.exists(f"{workdir}/checkpoints/2/commit_success.txt"):
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  second = subprocess.run(
+    [sys.executable, "-m", "flaxmlm.train", *ARGS]
+    + [f"--workdir={workdir}", "--config.train.steps=100000"],
+    cwd=ROOT,
+    env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "second")},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert second.returncode == 2
+  assert f"process {process.pid} on" in second.stderr
+  assert second.stderr.count("\n") == 1
+  assert process.poll() is None
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(120) == 0
+  assert not files.exists(f"{workdir}/lease.json")

@@ -3,10 +3,11 @@
 A source is written as one string, a spec:
 
 - `embedded`: texts that come with every Python, see `_embedded`;
-- a path, a glob (`**` crosses folders) or a folder (read recursively). Known
-  are .txt, .jsonl and .json (an object a line), .parquet, .csv (quoted as in
-  RFC 4180) and .tsv (tab-separated, quotes are literal), each with a header
-  line where it is a table, and plain or as .gz, .bz2, .xz or .zst;
+- a path, a glob (`**` crosses folders) or a folder (read recursively), of this
+  machine or of a bucket (`gs://bucket/texts/*.jsonl`, extra gcs). Known are
+  .txt, .jsonl and .json (an object a line), .parquet, .csv (quoted as in RFC
+  4180) and .tsv (tab-separated, quotes are literal), each with a header line
+  where it is a table, and plain or as .gz, .bz2, .xz or .zst;
 - `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`: a data set that TensorFlow Datasets
   has prepared in a random-access format; the split is `train` by default and
   may be a slice (`tfds:wiki40b/en:train[:10%]`). TensorFlow isn't needed.
@@ -40,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
+from flaxmlm.storage import files as storage
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
 ARCHIVES = (".gz", ".bz2", ".xz", ".zst")
@@ -247,14 +249,22 @@ def find(spec: str) -> tuple[list[str], list[str]]:
   """
   if spec == "embedded" or spec.startswith("tfds:"):
     return [], []
-  if os.path.isfile(spec):
+  if storage.is_remote(spec):
+    try:
+      roots = paths = set(storage.find_texts(spec))
+    except OSError as error:
+      raise InputError(f"source {spec}: {error.strerror}") from error
+    is_file = spec in paths
+  else:
+    is_file = os.path.isfile(spec)
+    roots = [spec] if os.path.exists(spec) else glob.glob(spec, recursive=True)
+    paths = {path for root in roots for path in _walk(root)}
+  if is_file:
     if not _ending(spec)[0]:
       raise InputError(f"source {spec}: unknown ending; {_KNOWN}")
     return [spec], []
-  roots = [spec] if os.path.isdir(spec) else glob.glob(spec, recursive=True)
   if not roots:
     raise InputError(f"source {spec}: no such file or folder")
-  paths = {path for root in roots for path in _walk(root)}
   ordered = sorted(paths, key=lambda path: (_natural(path), path))
   known = [path for path in ordered if _ending(path)[0]]
   if not known:
@@ -331,17 +341,18 @@ def _file(
 
 def _open(path: str) -> io.BufferedIOBase:
   """Opens a file for reading, decompressed."""
+  file = storage.open_reader(path)
   match _ending(path)[1]:
     case ".gz":
-      return gzip.open(path)
+      return gzip.open(file)
     case ".bz2":
-      return bz2.open(path)
+      return bz2.open(file)
     case ".xz":
-      return lzma.open(path)
+      return lzma.open(file)
     case ".zst":
-      return io.BufferedReader(_Zstandard(path), 1 << 17)
+      return io.BufferedReader(_Zstandard(file), 1 << 17)
     case _:
-      return open(path, "rb")
+      return file
 
 
 class _Zstandard(io.RawIOBase):
@@ -351,7 +362,7 @@ class _Zstandard(io.RawIOBase):
   this one raises EOFError, as gzip, bz2 and lzma do.
   """
 
-  def __init__(self, path: str):
+  def __init__(self, file: io.BufferedIOBase):
     import zstandard
 
     # Windows of up to 2 GB, as `zstd --long=31` writes them.
@@ -360,7 +371,7 @@ class _Zstandard(io.RawIOBase):
     self._frame = None
     self._input = b""
     self._output = memoryview(b"")
-    self._file = open(path, "rb")  # noqa: SIM115
+    self._file = file
 
   def readable(self) -> bool:
     return True
@@ -426,6 +437,8 @@ def _whole(path: str, encoding: str) -> Iterator[tuple[int, str]]:
 def _damage(
   where: str, path: str, encoding: str, error: BaseException
 ) -> Exception:
+  if isinstance(error, storage.BucketError):
+    return error  # another try may do
   if isinstance(error, OSError) and error.errno is not None:
     return InputError(f"{path}: {error.strerror}; make it readable")
   if isinstance(error, UnicodeError):
@@ -622,7 +635,7 @@ def _parquet(
 def _seekable(path: str) -> io.BufferedIOBase:
   """Opens a file that is read from its end; archives go through the disk."""
   if not _ending(path)[1]:
-    return open(path, "rb")
+    return storage.open_reader(path)
   file = tempfile.TemporaryFile()  # noqa: SIM115
   with _open(path) as archive:
     shutil.copyfileobj(archive, file)

@@ -22,12 +22,11 @@ alone, so the store is the same for any number of processes.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
-import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +35,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from flaxmlm import InputError
+from flaxmlm.storage import files as storage
 from flaxmlm.storage import remote
+from flaxmlm.storage.files import atomic_file
 
 WORD_START = 1
 SENTENCE_START = 2
@@ -160,6 +161,18 @@ def open_store(folder: str) -> TokenStore:
   )
 
 
+def is_store(folder: str) -> bool:
+  """Whether there is a finished store, here or in a bucket.
+
+  Raises:
+    InputError: The bucket can't be read.
+  """
+  try:
+    return storage.exists(os.path.join(folder, MANIFEST))
+  except OSError as error:
+    raise InputError(f"{folder}: {error.strerror}") from error
+
+
 def read_manifest(folder: str) -> tuple[dict[str, Any], str]:
   """Returns a store's manifest and the sha256 of its file.
 
@@ -218,19 +231,6 @@ def write_atomically(path: str, data: bytes) -> None:
   os.replace(f"{path}.tmp", path)
 
 
-@contextlib.contextmanager
-def atomic_file(path: str) -> Iterator[IO[bytes]]:
-  """Opens a file to be there whole or not at all, whoever writes it too."""
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    with open(temporary, "wb") as file:
-      yield file
-    os.replace(temporary, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
-
-
 def lock_file(path: str) -> IO[bytes]:
   """Locks a file, made if need be, until it is closed or the process ends.
 
@@ -261,9 +261,15 @@ def save_shard(path: str, shard: Shard, key: str) -> None:
     np.savez(file, **arrays)
 
 
+def _open_shard(path: str) -> Any:
+  if storage.is_remote(path):
+    return np.load(io.BytesIO(storage.read(path)))
+  return np.load(path)
+
+
 def load_shard(path: str) -> Shard:
   """Reads what `save_shard` wrote."""
-  with np.load(path) as arrays:
+  with _open_shard(path) as arrays:
     values = {name: arrays[name] for name in Shard._fields}
   meta = json.loads(values["counts"].tobytes())
   return Shard(**values | {"counts": Counter(meta["counts"])})
@@ -272,7 +278,7 @@ def load_shard(path: str) -> Shard:
 def shard_size(path: str, key: str) -> tuple[int, int] | None:
   """Returns a shard's documents and tokens if it is there, made of `key`."""
   try:
-    with np.load(path) as arrays:
+    with _open_shard(path) as arrays:
       meta = json.loads(arrays["counts"].tobytes())
       lengths = arrays["lengths"]
       return (len(lengths), int(lengths.sum())) if meta["key"] == key else None
@@ -288,7 +294,7 @@ def read_heads(
   sources = [np.zeros(0, np.uint16)]
   counts: Counter[str] = Counter()
   for path in shards:
-    with np.load(path) as arrays:
+    with _open_shard(path) as arrays:
       fingerprints.append(arrays["fingerprints"])
       sources.append(arrays["sources"])
       counts.update(json.loads(arrays["counts"].tobytes())["counts"])

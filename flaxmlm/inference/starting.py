@@ -160,7 +160,8 @@ def continue_from(
     InputError: The run has saved nothing, has gone on since `step`, has other
       parameters, or its arrays are of other shapes.
   """
-  config = from_json(os.path.join(run, "config.json"))
+  here = remote.localize(run)
+  config = from_json(os.path.join(here, "config.json"))
   V = shapes.params["encoder"]["embeddings"]["word"]["embedding"].shape[0]
   model = models.build(config.model, vocab_size=V, dtype="float32")
   init_params = functools.partial(
@@ -175,7 +176,7 @@ def continue_from(
       f" {', '.join(shapes.params)}; take the parameters alone, by"
       " model.init_from"
     )
-  directory = remote.checkpoints(run)
+  directory = remote.checkpoints(here)
   state = checkpoints.restore_other(directory, theirs)
   if int(state.step) != step:
     raise InputError(

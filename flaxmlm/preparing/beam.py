@@ -2,7 +2,8 @@
 
 Text never goes through Beam. Its elements are the numbers of parts, and the
 fingerprints of documents; a worker reads a part from the sources itself, and
-writes to a folder that all workers and the one that starts them see:
+writes to a folder that all workers and the one that starts them see, on a disk
+that they share or in a bucket:
 
 ```
 parts.json            which files are part N
@@ -12,7 +13,9 @@ results/N.failed      why it failed the last time
 fates/N.npy           which of its documents are copies
 ```
 Every file is written whole or not at all, and to make it again makes the same:
-Beam may do any of it twice, one after the other or at once.
+Beam may do any of it twice, one after the other or at once. Each job has a
+folder of its own, so that an older one that lives on writes nothing there. It
+ends when it finds its own gone.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +36,7 @@ from flaxmlm import InputError
 from flaxmlm.data import sources, store
 from flaxmlm.preparing import shards
 from flaxmlm.preparing.documents import Part
+from flaxmlm.storage import files
 
 # Beam warns of what it has no use for here, as soon as it is imported.
 _level = logging.root.manager.disable
@@ -47,6 +50,7 @@ logging.disable(_level)
 # How long another machine's file may take to show up, by the habits of NFS.
 _PATIENCE = 60.0
 _LOOK_EVERY = 5.0  # seconds
+_LISTED_IN = 0.1  # of that time, the most that looking may take
 
 # What goes through Beam of a document, by its place in its part.
 _HEAD = np.dtype(
@@ -59,6 +63,7 @@ class Job(NamedTuple):
   """What every worker has to know."""
 
   folder: str
+  """Of this job alone."""
   options: dict[str, Any]
   """Of `documents.reading`."""
   recipe: shards.Recipe
@@ -117,7 +122,7 @@ def tokenize(
   that fails otherwise is tried again as often as the runner does.
 
   Args:
-    job: The folder is there, and holds nothing else under the names above.
+    job: Its folder is there.
     parts: Of `documents.cut`.
     arguments: Of `start`.
     bad: Is filled with what was skipped.
@@ -129,8 +134,7 @@ def tokenize(
   Raises:
     InputError: A source can't be read; or the runner gave up, and where.
   """
-  shutil.rmtree(job.file("results"), ignore_errors=True)
-  os.makedirs(job.file("results"))
+  files.make_folder(job.file("results"))
   _write_json(job.file("parts.json"), [_absolute(part) for part in parts])
   pipeline = start(arguments)
   _ = (
@@ -175,8 +179,13 @@ def choose(
     InputError: The runner gave up.
   """
   documents = sum(done.kept for result in results for done in result.shards)
-  shutil.rmtree(job.file("fates"), ignore_errors=True)
-  os.makedirs(job.file("fates"))
+  if not documents or not (deduplicate or held_out.first_source is not None):
+    # There is nothing to be found.
+    for result in results:
+      for done in result.shards:
+        yield np.full(done.kept, store.KEPT, np.uint8)
+    return
+  files.make_folder(job.file("fates"))
   pipeline = start(arguments)
   _ = (
     pipeline
@@ -197,26 +206,45 @@ def choose(
     raise InputError(
       f"Apache Beam, looking for copies: {_last_line(error)}; {_AGAIN}"
     ) from error
-  for number, result in enumerate(results):
+  wanted = [
+    job.file("fates", f"{number}.npy")
+    for number, result in enumerate(results)
+    if any(done.kept for done in result.shards)
+  ]
+  found = iter(_read_all(wanted))
+  for result in results:
     fates = np.zeros(0, np.uint8)
     if any(done.kept for done in result.shards):
-      path = job.file("fates", f"{number}.npy")
-      if not _await(path, _PATIENCE):
-        raise InputError(f"{path}: no worker has left it; {_AGAIN}")
-      fates = np.load(path)
+      fates = np.load(io.BytesIO(next(found)))
     first = 0
     for done in result.shards:
       yield fates[first : first + done.kept]
       first += done.kept
 
 
+def _read_all(paths: Sequence[str]) -> Iterator[bytes]:
+  """Yields what is in files, as soon as it can be read.
+
+  Raises:
+    InputError: One doesn't show up.
+  """
+  for first in range(0, len(paths), files.AT_ONCE):
+    some = paths[first : first + files.AT_ONCE]
+    for path in some:
+      if not files.is_remote(path) and not _await(path, _PATIENCE):
+        break  # said below
+    data = dict(files.read_many(some))
+    for path in some:
+      if path not in data:
+        raise InputError(f"{path}: no worker has left it; {_AGAIN}")
+      yield data[path]
+
+
 # What is done on the workers. Beam reads the types.
 
 
 def _list_parts(path: str) -> Iterable[tuple[int, int, list[str]]]:
-  with open(path, encoding="utf-8") as file:
-    parts = json.load(file)
-  for number, (source, specs) in enumerate(parts):
+  for number, (source, specs) in enumerate(json.loads(files.read(path))):
     yield number, source, specs
 
 
@@ -224,8 +252,10 @@ def _make_part(numbered: tuple[int, int, list[str]], job: Job) -> None:
   """Writes the shards of a part and its result."""
   number, source, specs = numbered
   for ended in (f"{number}.json", "stop"):
-    if os.path.exists(job.file("results", ended)):
+    if files.exists(job.file("results", ended)):
       return
+  if not files.exists(job.file("parts.json")):
+    return  # a newer job does it, or it is done
   part = Part(source, tuple(specs))
   bad = sources.BadRecords()
   place = specs[0]
@@ -304,7 +334,7 @@ def _write_fates(answers: tuple[int, Iterable[bytes]], job: Job) -> None:
   for data in answers[1]:
     answer = np.frombuffer(data, _FATE)
     fates[answer["document"]] = answer["fate"]
-  with store.atomic_file(job.file("fates", f"{number}.npy")) as file:
+  with files.atomic_file(job.file("fates", f"{number}.npy")) as file:
     np.save(file, fates)
 
 
@@ -314,7 +344,9 @@ def _write_fates(answers: tuple[int, Iterable[bytes]], job: Job) -> None:
 def _absolute(part: Part) -> Part:
   """Returns a part whose files are found from any folder."""
   specs = (
-    os.path.abspath(spec) if sources.files([spec]) else spec
+    spec
+    if files.is_remote(spec) or not sources.files([spec])
+    else os.path.abspath(spec)
     for spec in part.specs
   )
   return part._replace(specs=tuple(specs))
@@ -346,24 +378,23 @@ def _watched(
 ) -> Iterator[None]:
   """Tells how far the parts are, by their results, while something runs."""
   ended = threading.Event()
-  seen: set[str] = set()
-  totals = np.zeros(3, np.int64)
+  results: dict[int, Result | InputError] = {}
 
   def look() -> None:
-    for name in os.listdir(job.file("results")):
-      if not name.endswith(".json") or name in seen:
-        continue
-      seen.add(name)
-      result = _read_result(job, int(name.removesuffix(".json")), 0.0)
-      if isinstance(result, Result):
-        for done in result.shards:
-          totals[:] += (done.bytes, done.documents, done.tokens)
+    _read_new(job, results)
+    made = [r for r in results.values() if isinstance(r, Result)]
+    totals = np.zeros(3, np.int64)
+    for done in (done for result in made for done in result.shards):
+      totals += (done.bytes, done.documents, done.tokens)
     update(*totals.tolist())
 
   def watch() -> None:
-    while not ended.wait(_LOOK_EVERY):
+    pause = _LOOK_EVERY
+    while not ended.wait(pause):
+      begin = time.monotonic()
       with contextlib.suppress(OSError):  # the folder is someone else's disk
         look()
+      pause = max(_LOOK_EVERY, (time.monotonic() - begin) / _LISTED_IN)
 
   thread = threading.Thread(target=watch, daemon=True)
   thread.start()
@@ -382,19 +413,26 @@ def _gather(job: Job, parts: int, patience: float) -> dict[int, Result]:
     InputError: The text of a part is bad; of several, the first one's.
   """
   until = time.monotonic() + patience
-  results: dict[int, Result] = {}
+  results: dict[int, Result | InputError] = {}
   while True:
-    for number in range(parts):
-      if number in results:
-        continue
-      result = _read_result(job, number, 0.0)
+    _read_new(job, results)
+    for _, result in sorted(results.items()):
       if isinstance(result, InputError):
         raise result
-      if result is not None:
-        results[number] = result
     if len(results) == parts or time.monotonic() >= until:
       return results
     time.sleep(1.0)
+
+
+def _read_new(job: Job, results: dict[int, Result | InputError]) -> None:
+  """Adds the results that are there and aren't among some yet."""
+  numbers = {}
+  for name in files.list_names(job.file("results")):
+    stem, ending = os.path.splitext(name)
+    if ending == ".json" and int(stem) not in results:
+      numbers[job.file("results", name)] = int(stem)
+  for path, data in files.read_many(list(numbers)):
+    results[numbers[path]] = _as_result(data)
 
 
 def _read_result(
@@ -402,10 +440,11 @@ def _read_result(
 ) -> Result | InputError | None:
   """Returns a part's result, what was wrong with its text, or nothing."""
   path = job.file("results", f"{number}.json")
-  if not _await(path, patience):
-    return None
-  with open(path, encoding="utf-8") as file:
-    values = json.load(file)
+  return _as_result(files.read(path)) if _await(path, patience) else None
+
+
+def _as_result(data: bytes) -> Result | InputError:
+  values = json.loads(data)
   if "error" in values:
     return InputError(values["error"])
   made = [shards.Done(*done) for done in values.pop("shards")]
@@ -415,7 +454,7 @@ def _read_result(
 def _await(path: str, patience: float) -> bool:
   """Whether a file is there, or shows up in so many seconds."""
   until = time.monotonic() + patience
-  while not os.path.exists(path):
+  while not files.exists(path):
     if time.monotonic() >= until:
       return False
     time.sleep(min(1.0, patience))
@@ -427,8 +466,7 @@ def _read_place(job: Job, number: int) -> tuple[str, str] | None:
   for kind in ("failed", "at"):
     with contextlib.suppress(FileNotFoundError):
       path = job.file("results", f"{number}.{kind}")
-      with open(path, encoding="utf-8") as file:
-        return kind, file.read()
+      return kind, files.read(path).decode()
   return None
 
 
@@ -461,8 +499,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _write(path: str, text: str) -> None:
-  with store.atomic_file(path) as file:
-    file.write(text.encode())
+  files.write(path, text.encode())
 
 
 def _write_json(path: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flaxmlm import config as config_lib
 from flaxmlm.data import sources, store
 from flaxmlm.preparing import tokens
+from flaxmlm.storage.files import size_of
 
 if TYPE_CHECKING:
   from collections.abc import Mapping
@@ -84,7 +84,7 @@ def cut(config: ConfigDict) -> list[Part]:
     size = 0
     for path in files:
       part.append(path)
-      size += os.path.getsize(path)
+      size += size_of(path)
       if size >= PART_BYTES or path == files[-1]:
         parts.append(Part(source, tuple(part)))
         part, size = [], 0
@@ -120,7 +120,7 @@ def total_bytes(config: ConfigDict) -> int | None:
   )
   if not plain or not all(files):
     return None
-  return sum(os.path.getsize(path) for named in files for path in named)
+  return sum(size_of(path) for named in files for path in named)
 
 
 def tokenizer_texts(config: ConfigDict) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _some_files(config: ConfigDict, wanted: int) -> tuple[tuple[str, ...], int]:
     if size >= wanted and len(chosen) >= SAMPLE_FILES:
       break
     chosen.append(number)
-    size += os.path.getsize(files[number])
+    size += size_of(files[number])
   return tuple(files[number] for number in sorted(chosen)), size
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from flaxmlm.data import store
 from flaxmlm.data.sources import BadRecords, Document
 from flaxmlm.preparing.documents import Part, read_part
 from flaxmlm.preparing.tokens import tokenize_shard
+from flaxmlm.storage.files import copy_here, is_remote, list_tree, make_folder
 
 # Characters of a shard: large enough to keep a process busy for a fraction of a
 # second, small enough for its tokens to be a few MB.
@@ -29,7 +31,7 @@ class Recipe(NamedTuple):
   """How documents become shards; the same for all of a store."""
 
   folder: str
-  """Where the shards go: `FOLDER/PART/SHARD.npz`."""
+  """Where the shards go, here or in a bucket: `FOLDER/PART/SHARD.npz`."""
   tokenizer: str
   """Folder of the tokenizer."""
   fingerprint: str
@@ -83,7 +85,7 @@ def tasks(
   """
   for number, part in parts:
     folder = os.path.join(recipe.folder, f"{number:06d}")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     documents = read_part(part, options, bad)
     for place, shard in enumerate(_cut(documents)):
       yield Task(os.path.join(folder, f"{place:06d}.npz"), shard, recipe)
@@ -140,7 +142,12 @@ def _tokenizer_at(folder: str, fingerprint: str) -> tokenizers.Tokenizer:
   Raises:
     InputError: It isn't there, or is another one.
   """
-  tokenizer = tokenizers.load(folder)
+  if is_remote(folder):
+    with tempfile.TemporaryDirectory() as here:
+      copy_here(list_tree(folder), folder, here)
+      tokenizer = tokenizers.load(here)
+  else:
+    tokenizer = tokenizers.load(folder)
   if tokenizer.fingerprint != fingerprint:
     raise InputError(
       f"{folder}: holds another tokenizer here than where the job was started;"

@@ -9,22 +9,24 @@ All else is small: it is kept in a folder of this machine, copied from the
 bucket when a program begins, and to it at each checkpoint and at the end. The
 bucket's files are the truth.
 
-Paths are those of etils' epath, on which Orbax stands too: `gs://…` needs the
-extra gcs. Credentials are Google's default ones.
+`gs://…` needs the extra gcs. Credentials are Google's default ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flaxmlm import InputError
+from flaxmlm.storage import files, lease
+from flaxmlm.storage.files import is_remote, list_names
 
 CACHE = "FLAXMLM_CACHE"
 ORIGIN = "origin.txt"  # in the local folder of a run: where it is kept
@@ -34,11 +36,6 @@ _COMMITTED = "commit_success.txt"  # Orbax', in buckets
 _PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID")
 # Parts of a run that aren't copied here when a program begins.
 _STAY = ("checkpoints", "store", "store.partial", "tensorboard")
-
-
-def is_remote(path: str) -> bool:
-  """Whether a path is one of a bucket, like gs://bucket/store."""
-  return "://" in path
 
 
 def cache_folder() -> str:
@@ -55,9 +52,15 @@ def open_path(url: str) -> Any:
   """
   from etils import epath
 
-  if importlib.util.find_spec("gcsfs") is None:
-    raise InputError(f"{url}: reading it wants gcsfs; pip install -e '.[gcs]'")
+  files.system(url.partition("://")[0])
   return epath.Path(url)
+
+
+def forget(url: str) -> None:
+  """Forgets what `open_path` has listed of a bucket."""
+  import fsspec
+
+  fsspec.filesystem(url.partition("://")[0]).invalidate_cache()
 
 
 def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
@@ -74,18 +77,16 @@ def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
     InputError: There is no store, a file isn't what the manifest says, or it is
       too large for the disk.
   """
-  source = open_path(url)
+  url = url.rstrip("/")
   try:
-    text = (source / _MANIFEST).read_bytes()
-    files = json.loads(text)["files"]
-  except Exception as error:  # gcsfs has errors of many kinds
+    text = files.read(f"{url}/{_MANIFEST}")
+    parts = json.loads(text)["files"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(
       f"{url}/{_MANIFEST}: no store can be read there ({error}); make one by"
       " python -m flaxmlm.prepare, and copy it there"
     ) from error
-  folder = os.path.join(
-    cache_folder(), "stores", hashlib.sha256(text).hexdigest()[:32]
-  )
+  folder = _folder_of(text)
   os.makedirs(folder, exist_ok=True)
 
   with open(os.path.join(folder, "lock"), "wb") as lock:
@@ -94,7 +95,7 @@ def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
       return folder
     missing = {
       name: facts
-      for name, facts in files.items()
+      for name, facts in parts.items()
       if not _is_whole(os.path.join(folder, name), facts)
     }
     size = sum(facts["bytes"] for facts in missing.values())
@@ -106,10 +107,42 @@ def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
       )
     say(f"copying {url}, {size / 1e9:.2f} GB, to {folder}")
     for name, facts in missing.items():
-      _copy(source / name, os.path.join(folder, name), facts)
+      _copy(f"{url}/{name}", os.path.join(folder, name), facts)
     # Last: with it, all of it is here and has been checked.
-    _write(os.path.join(folder, _MANIFEST), text)
+    files.write(os.path.join(folder, _MANIFEST), text)
   return folder
+
+
+def keep_store(folder: str) -> None:
+  """Moves a store of this machine to where `fetch` would copy it."""
+  target = _folder_of(files.read(os.path.join(folder, _MANIFEST)))
+  os.makedirs(target, exist_ok=True)
+  with open(os.path.join(target, "lock"), "wb") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if os.path.exists(os.path.join(target, _MANIFEST)):
+      return
+    # Last the manifest: with it, all of it is here.
+    names = sorted(os.listdir(folder), key=lambda name: name == _MANIFEST)
+    for name in names:
+      path = os.path.join(target, name)
+      if os.path.isdir(path):  # of an unfinished copy
+        shutil.rmtree(path)
+      os.replace(os.path.join(folder, name), path)
+
+
+def workplace(url: str) -> str:
+  """Returns where a store is made that is to be copied to a bucket."""
+  url = url.rstrip("/")
+  name = hashlib.sha256(url.encode()).hexdigest()[:16]
+  return os.path.join(
+    cache_folder(), "making", f"{url.rpartition('/')[2]}-{name}"
+  )
+
+
+def _folder_of(manifest: bytes) -> str:
+  """Returns where the copy of a store is kept."""
+  name = hashlib.sha256(manifest).hexdigest()[:32]
+  return os.path.join(cache_folder(), "stores", name)
 
 
 def _is_whole(path: str, facts: dict[str, Any]) -> bool:
@@ -120,11 +153,14 @@ def _is_whole(path: str, facts: dict[str, Any]) -> bool:
     return hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
 
 
-def _copy(source: Any, path: str, facts: dict[str, Any]) -> None:
+def _copy(source: str, path: str, facts: dict[str, Any]) -> None:
   os.makedirs(os.path.dirname(path), exist_ok=True)
   digest = hashlib.sha256()
   try:
-    with source.open("rb") as reader, open(path + ".tmp", "wb") as writer:
+    with (
+      files.open_reader(source) as reader,
+      open(path + ".tmp", "wb") as writer,
+    ):
       while chunk := reader.read(_CHUNK):
         digest.update(chunk)
         writer.write(chunk)
@@ -136,12 +172,6 @@ def _copy(source: Any, path: str, facts: dict[str, Any]) -> None:
       f"{source}: its sha256 isn't the manifest's, the file is damaged; copy"
       " the store there again"
     )
-  os.replace(path + ".tmp", path)
-
-
-def _write(path: str, data: bytes) -> None:
-  with open(path + ".tmp", "wb") as file:
-    file.write(data)
   os.replace(path + ".tmp", path)
 
 
@@ -167,53 +197,73 @@ def localize(path: str) -> str:
     cache_folder(), "runs", f"{url.rpartition('/')[2]}-{name}"
   )
   os.makedirs(folder, exist_ok=True)
-  with (
-    open(folder + ".lock", "wb") as copying,
-    open(os.path.join(folder, "lock"), "ab") as training,
-  ):
-    fcntl.flock(copying, fcntl.LOCK_EX)
+  with open(os.path.join(folder, "lock"), "ab") as training:
     try:
       fcntl.flock(training, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
       return folder  # who trains there has the newest
-    _write(os.path.join(folder, ORIGIN), url.encode())
-    try:
-      # What it listed earlier may have changed since.
-      source = open_path(url)
-      forget(url)
-      _pull(source, folder)
-    except InputError:
-      raise
-    except Exception as error:  # gcsfs has errors of many kinds
-      raise InputError(f"{url}: can't be read: {error!r}") from error
+    files.write(os.path.join(folder, ORIGIN), url.encode())
+    pull(folder)
   return folder
 
 
-def _pull(source: Any, folder: str, *, top: bool = True) -> None:
-  """Makes a local folder what a remote one is."""
-  children = source.iterdir() if source.exists() else ()
-  there = {path.name: path for path in children}
-  kept = {*_STAY, ORIGIN, "lock"} if top else set()
-  for name in os.listdir(folder):
-    if name not in there and name not in kept:
-      path = os.path.join(folder, name)
-      shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-  for name, path in there.items():
-    if name in kept:
-      continue
-    local = os.path.join(folder, name)
-    if path.is_dir():
-      os.makedirs(local, exist_ok=True)
-      _pull(path, local, top=False)
-    else:
-      _write(local, path.read_bytes())
+def pull(folder: str) -> None:
+  """Makes the local folder of a run what the bucket has of it.
+
+  Raises:
+    InputError: The bucket can't be read.
+  """
+  with open(folder + ".lock", "wb") as copying:
+    fcntl.flock(copying, fcntl.LOCK_EX)
+    _pull(folder)
 
 
-def forget(url: str) -> None:
-  """Forgets what has been listed of a bucket."""
-  import fsspec
+def _pull(folder: str) -> None:
+  url = origin(folder)
+  try:
+    every = files.list_tree(url)
+    inner = {each.removeprefix(f"{url}/"): each for each in every}
+    kept = (ORIGIN, "lock", lease.MEMO)  # of this machine
+    stay = (*_STAY, *kept, lease.FILE)
+    there = {n: u for n, u in inner.items() if n.split("/")[0] not in stay}
+    for top, folders, names in os.walk(folder):
+      if top == folder:
+        folders[:] = [name for name in folders if name not in _STAY]
+      for name in names:
+        path = os.path.join(top, name)
+        own = os.path.relpath(path, folder)
+        if own not in there and own not in kept:
+          os.remove(path)
+    named = {there_url: name for name, there_url in there.items()}
+    for found, data in files.read_many(list(named)):
+      path = os.path.join(folder, named[found])
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      files.write(path, data)
+  except OSError as error:
+    raise InputError(f"{url}: can't be read: {error}") from error
 
-  fsspec.filesystem(url.partition("://")[0]).invalidate_cache()
+
+@contextlib.contextmanager
+def claim(workdir: str) -> Iterator[Callable[[], None]]:
+  """Keeps all others from training in a run's bucket, see `lease`.
+
+  What the bucket has of the run is copied here once more, now that nobody
+  changes it. Of a run that is kept here, nothing is done.
+
+  Yields:
+    What raises InputError if another process has taken over; to be called
+    before anything is saved.
+
+  Raises:
+    InputError: Another process trains there, or the bucket doesn't answer.
+  """
+  url = origin(workdir)
+  if url is None:
+    yield lambda: None
+    return
+  with lease.hold(url, os.path.join(workdir, lease.MEMO)) as check:
+    pull(workdir)
+    yield check
 
 
 def origin(workdir: str) -> str | None:
@@ -243,59 +293,73 @@ def list_checkpoints(workdir: str) -> list[str]:
   names = list_names(folder)
   if not is_remote(folder):
     return names
-  root = open_path(folder)
-  return [name for name in names if (root / name / _COMMITTED).exists()]
+  return [n for n in names if files.exists(f"{folder}/{n}/{_COMMITTED}")]
 
 
-def list_names(folder: str) -> list[str]:
-  """Returns the names in a folder, here or in a bucket, or none."""
-  if not is_remote(folder):
-    return os.listdir(folder) if os.path.isdir(folder) else []
-  path = open_path(folder)
-  return [child.name for child in path.iterdir()] if path.exists() else []
-
-
-def make_push(workdir: str) -> Callable[[], None]:
+def make_push(workdir: str) -> Callable[[bool], None]:
   """Returns what copies to the bucket which files of a run have changed.
 
   It does nothing for a run that is kept here.
+
+  Returns:
+    `push(must)`. If a file can't be copied, it says so in a line, and the next
+    push tries it again; with `must` it raises InputError, which names the local
+    folder that has the files.
   """
   url = origin(workdir)
   if url is None:
-    return lambda: None
+    return lambda must: None
   pushed: dict[str, tuple[int, int]] = {}
 
-  def push() -> None:
-    for folder, folders, names in os.walk(workdir):
-      folders[:] = [n for n in folders if n not in ("store", "store.partial")]
-      for name in names:
-        path = os.path.join(folder, name)
-        found = os.stat(path)
-        state = found.st_size, found.st_mtime_ns
-        inner = os.path.relpath(path, workdir)
-        if inner in (ORIGIN, "lock") or pushed.get(inner) == state:
-          continue
-        with open(path, "rb") as file:
-          _put(f"{url}/{inner}", file.read())
-        pushed[inner] = state
+  def push(must: bool) -> None:
+    changed = {
+      inner: state
+      for inner, state in _states(workdir).items()
+      if pushed.get(inner) != state
+    }
+    for number, (inner, state) in enumerate(changed.items()):
+      try:
+        files.write(f"{url}/{inner}", files.read(os.path.join(workdir, inner)))
+      except OSError as error:
+        left = f"{len(changed) - number} files couldn't be copied to {url}"
+        what = f"{left} ({error.strerror}), and are in {workdir}"
+        if must:
+          raise InputError(
+            f"{what}; copy them there before anything else uses this run:"
+            f" gcloud storage cp -r '{workdir}/*' {url}"
+          ) from error
+        print(
+          f"WARNING: {what}; they are tried again with the next checkpoint",
+          file=sys.stderr,
+          flush=True,
+        )
+        return
+      pushed[inner] = state
 
   return push
 
 
+def _states(workdir: str) -> dict[str, tuple[int, int]]:
+  """Returns size and time of a run's files, those that are to be copied."""
+  states = {}
+  for folder, folders, names in os.walk(workdir):
+    folders[:] = [n for n in folders if n not in ("store", "store.partial")]
+    for name in names:
+      path = os.path.join(folder, name)
+      inner = os.path.relpath(path, workdir)
+      if inner not in (ORIGIN, "lock", lease.MEMO):
+        found = os.stat(path)
+        states[inner] = found.st_size, found.st_mtime_ns
+  return states
+
+
 def push_store(folder: str, url: str) -> None:
-  """Copies a store to a bucket, its manifest last."""
+  """Copies a store to a bucket, its manifest last.
+
+  Raises:
+    BucketError: The bucket doesn't take it.
+  """
   with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
     names = list(json.load(file)["files"])
   for name in [*names, _MANIFEST]:
-    with open(os.path.join(folder, name), "rb") as file:
-      _put(f"{url}/{name}", file)
-
-
-def _put(url: str, data: Any) -> None:
-  path = open_path(url)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if isinstance(data, bytes):
-    path.write_bytes(data)
-    return
-  with path.open("wb") as file:
-    shutil.copyfileobj(data, file, _CHUNK)
+    files.copy_there(os.path.join(folder, name), f"{url}/{name}")

@@ -74,8 +74,9 @@ def read_chain(workdir: str) -> list[Phase]:
   Raises:
     InputError: A file of the run can't be read, or lacks what a phase is.
   """
+  here = remote.localize(workdir)
   try:
-    *before, own = _read_phases(workdir)
+    *before, own = _read_phases(here)
     for phase in (*before, own):
       _ = phase.tokens, phase.order  # all that they are asked
   except (OSError, ValueError, TypeError, KeyError) as error:
@@ -83,9 +84,10 @@ def read_chain(workdir: str) -> list[Phase]:
       f"{workdir}: {FILE}, config.json or store.json isn't what a run writes"
       f" ({type(error).__name__}: {error})"
     ) from error
-  step = newest_step(workdir)
+  step = newest_step(here)
   step = own.first_step if step is None else step
-  return [*before, own._replace(workdir=workdir, last_step=step)]
+  name = remote.origin(here) or workdir
+  return [*before, own._replace(workdir=name, last_step=step)]
 
 
 def _read_phases(workdir: str) -> list[Phase]:
@@ -123,11 +125,12 @@ def find_chain(
   run = config["train"]["continue_from"]
   if newest_step(workdir) is not None:
     return read_chain(workdir)
+  name = remote.origin(workdir) or workdir
   if run is None:
-    return [Phase(workdir, dict(config), store, 0, 0, 0)]
+    return [Phase(name, dict(config), store, 0, 0, 0)]
   before = read_chain(run)
   step = before[-1].last_step
-  own = Phase(workdir, dict(config), store, step, step, 0)
+  own = Phase(name, dict(config), store, step, step, 0)
   alike = [phase for phase in before if phase.order == own.order]
   if alike:
     own = own._replace(first_row=alike[-1].first_row + alike[-1].rows)
