@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxmlm.models.lean import take
 from flaxmlm.models.model import Inputs, Model, Params
+from flaxmlm.models.vocabulary import find_best
 from flaxmlm.objectives.cross_entropy import cross_entropy
 from flaxmlm.objectives.objective import (
   Batch,
@@ -242,7 +243,7 @@ def add_up(
   logits = logits.reshape(-1, logits.shape[-1])
   targets, weights = example.targets.reshape(-1), example.weights.reshape(-1)
   nll = cross_entropy(logits / temperature, targets)
-  correct = jnp.argmax(logits, axis=-1) == targets
+  correct = find_best(logits) == targets
   return {
     "nll": jnp.sum(nll * weights),
     "weight": jnp.sum(weights),
