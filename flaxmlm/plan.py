@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
   """Compiles the train step for chips and prints what it takes."""
   parser = config.parser(__doc__, workdir=False)
   parser.add_argument(
-    "--tpu", metavar="KIND:AxB", help="a slice: v5e:16x16, v6e:4x4, v5p:4x4x4"
+    "--tpu",
+    metavar="KIND:AxB",
+    help="a slice: v5e:16x16, v6e:4x4, v5p:4x4x4; several: 2xv5e:16x16",
   )
   parser.add_argument("--gpu", metavar="KINDxN", help="GPUs: h100x8, a100x8")
   parser.add_argument(
@@ -119,7 +121,7 @@ def find_devices(chosen: Slice) -> Sequence[jax.Device]:
 
   try:
     return topologies.get_topology_desc(
-      platform="tpu", topology_name=chosen.name
+      platform="tpu", topology_name=chosen.name, num_slices=chosen.slices
     ).devices
   except Exception as error:  # whatever the plugin raises, of its own kinds
     first = str(error).splitlines()[0]
@@ -132,7 +134,10 @@ def plan(
   """Prints and returns what one config takes."""
   from flaxmlm.planning import hlo, prediction
 
-  print(f"{chosen.name}: {len(devices)} chips, {describe(c)}", flush=True)
+  joined = f"{chosen.slices} x " if chosen.slices > 1 else ""
+  print(
+    f"{joined}{chosen.name}: {len(devices)} chips, {describe(c)}", flush=True
+  )
   formula, tokens = cost(c, devices)
   try:
     measured, program = compile_step(c, chosen, devices)
@@ -252,8 +257,10 @@ def compile_step(
     "parameters": shard_bytes(shapes.params),
     "optimizer": shard_bytes(shapes.opt_state),
   }
+  own = dict(mesh.shape)
+  own["data"] //= chosen.slices  # each slice has a program of its own
   measured = prediction.measure(
-    compiled, program, chosen.chip, mesh=dict(mesh.shape), state=state
+    compiled, program, chosen.chip, mesh=own, state=state
   )
   return measured, program
 

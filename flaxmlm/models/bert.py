@@ -26,6 +26,7 @@ from flaxmlm.models.layers import (
   layer_norm,
 )
 from flaxmlm.models.model import Inputs, Model, assemble
+from flaxmlm.models.vocabulary import SPLITS, look_up
 
 
 class Embeddings(nn.Module):
@@ -52,7 +53,8 @@ class Embeddings(nn.Module):
     def embed(name: str, size: int, index: Array) -> Array:
       init = nn.initializers.truncated_normal(o["init_stddev"])
       table = nn.Embed(size, width, embedding_init=init, name=name)
-      return table(index.reshape(-1))
+      splits = SPLITS if name == "word" else SPLITS[-1:]
+      return look_up(table.embedding, index.reshape(-1), self.dtype, *splits)
 
     x = embed("word", self.vocab_size, inputs.ids)
     positions = inputs.positions + first

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flaxmlm.models.layers import ACTIVATIONS, Dtype, dense, layer_norm
+from flaxmlm.models.vocabulary import score
 
 
 class Pooler(nn.Module):
@@ -96,8 +97,7 @@ class SpanBoundaryHead(nn.Module):
       norm = layer_norm(self.eps, self.dtype, name=f"norm_{number}")
       x = norm(ACTIVATIONS["gelu"](linear(x)))
     bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-    logits = jnp.einsum("td,vd->tv", x, table.astype(x.dtype))
-    return logits + bias.astype(x.dtype)
+    return score(x, table, bias)
 
 
 class MaskedLanguageModelHead(nn.Module):
@@ -137,6 +137,4 @@ class MaskedLanguageModelHead(nn.Module):
     if not self.tied:
       init = nn.initializers.truncated_normal(self.stddev)
       table = self.param("decoder", init, table.shape)
-    return jnp.einsum("td,vd->tv", x, table.astype(x.dtype)) + bias.astype(
-      x.dtype
-    )
+    return score(x, table, bias)

@@ -29,6 +29,7 @@ from flaxmlm.models.layers import (
   layer_norm,
 )
 from flaxmlm.models.model import Inputs, Model, assemble
+from flaxmlm.models.vocabulary import look_up
 
 Turns = tuple[Float[Array, "B L 1 J"], Float[Array, "B L 1 J"]]
 """Cosine and sine of the J = K/2 angles of each token, for all heads."""
@@ -194,7 +195,7 @@ class Embeddings(nn.Module):
       self.vocab_size, o["width"], embedding_init=init, name="word"
     )
     x = layer_norm(o["norm_eps"], self.dtype, use_bias=False, name="norm")(
-      table(inputs.ids.reshape(-1))
+      look_up(table.embedding, inputs.ids.reshape(-1), self.dtype)
     )
     return dropout(x, dropout_keys, o["dropout"], site=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -54,11 +55,19 @@ GPUS = {
 
 
 class Slice(NamedTuple):
-  """Chips that are to be planned for: "v5e:16x16", "h100x8"."""
+  """Chips that are to be planned for: "v5e:16x16", "h100x8".
+
+  Attributes:
+    name: Of one slice, as libtpu names it.
+    chip: What they are.
+    count: How many, in all slices together.
+    slices: So many, joined by the network of the data centre.
+  """
 
   name: str
   chip: Chip
   count: int
+  slices: int = 1
 
 
 def parse_tpu(text: str) -> Slice:
@@ -69,24 +78,27 @@ def parse_tpu(text: str) -> Slice:
 
   >>> parse_tpu("v5e:16x16").count
   256
+  >>> parse_tpu("2xv5e:16x16").count
+  512
   """
-  kind, _, shape = text.partition(":")
+  several = re.fullmatch(r"([1-9]\d*)x(v.*)", text)
+  slices, name = (int(several[1]), several[2]) if several else (1, text)
+  kind, _, shape = name.partition(":")
   if kind not in TPUS:
     raise InputError(
       f"--tpu={text}: knows {', '.join(TPUS)}; write v5e:4x4 or v4:2x2x2"
     )
   if not re.fullmatch(r"\d+(x\d+)+", shape):
-    raise InputError(f"--tpu={text}: wants KIND:AxB or KIND:AxBxC")
+    raise InputError(
+      f"--tpu={text}: wants KIND:AxB or KIND:AxBxC; several: 2xKIND:AxB"
+    )
   sizes = [int(size) for size in shape.split("x")]
   dimensions = 2 if kind in ("v5e", "v6e") else 3
   if len(sizes) != dimensions:
     raise InputError(
       f"--tpu={text}: a slice of {kind} has {dimensions} dimensions"
     )
-  count = 1
-  for size in sizes:
-    count *= size
-  return Slice(text, TPUS[kind], count)
+  return Slice(name, TPUS[kind], slices * math.prod(sizes), slices)
 
 
 def parse_gpu(text: str) -> Slice:

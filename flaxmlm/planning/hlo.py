@@ -330,19 +330,34 @@ def _kind(program: Program, instruction: Instruction) -> str:
 
 
 def collectives(program: Program, *, turns: int = 1) -> list[Collective]:
-  """Returns the collectives, those inside of fusions too."""
+  """Returns the collectives, those inside of fusions too.
+
+  A TPU runs some beside other work, in pieces: they are one. Its reduce-scatter
+  is a fusion of an all-reduce and a slice. What it exchanges with other slices
+  is of the kind "send".
+  """
   times = {
     name: count
     for instruction, count in walk(program, turns=turns)
     for name in (instruction.name, instruction.called("calls"))
   }
   found = []
+  pieces = set()
   for computation, body in program.computations.items():
     for instruction in body:
       kind = instruction.kind.removesuffix("-start")
-      if kind not in _COLLECTIVES:
+      if _is_between_slices(instruction):
+        instruction = instruction._replace(results=instruction.results[:1])
+      elif kind not in _COLLECTIVES:
         continue
+      if "async_collective_fusion_config" in instruction.text:
+        piece = re.search(r"channel_id=\d+", instruction.text)
+        if piece and piece[0] in pieces:
+          continue
+        pieces.add(piece and piece[0])
       given = instruction.results
+      if computation.startswith("all-reduce-scatter"):
+        kind, given = "reduce-scatter", body[-1].results
       if instruction.kind.endswith("-start") and kind != "all-reduce":
         # The operands stand before; a permute's two numbers of its own after.
         given = tuple(array for array in given if array.shape)
@@ -360,18 +375,40 @@ def collectives(program: Program, *, turns: int = 1) -> list[Collective]:
   return found
 
 
+def _is_between_slices(instruction: Instruction) -> bool:
+  return instruction.kind == "send" and "megascale" in instruction.text
+
+
 def _logical(array: Array) -> int:
   return math.prod(array.shape) * _BYTES[array.dtype]
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
-  """Returns who exchanges with whom, of replica_groups in its two forms.
+  """Returns who exchanges with whom, of replica_groups in its three forms.
+
+  Of a permutation's pairs, all that are joined by some of them.
 
   >>> _groups("replica_groups={{0,2},{1,3}}, x")
   ((0, 2), (1, 3))
   >>> _groups("replica_groups=[2,2]<=[2,2]T(1,0), x")
   ((0, 2), (1, 3))
+  >>> _groups("replica_groups=mesh['a'=2,'b'=2] {'a'}, x")
+  ((0, 2), (1, 3))
+  >>> _groups("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}, x")
+  ((0, 2), (1, 3))
+  >>> _groups("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}, x")
+  ((0, 2), (1, 3))
   """
+  pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text)
+  if pairs:
+    joined: dict[int, set[int]] = {}
+    for pair in re.findall(r"(\d+),(\d+)", pairs[1]):
+      one, other = (joined.setdefault(int(n), {int(n)}) for n in pair)
+      if one is not other:
+        one |= other
+        joined |= dict.fromkeys(other, one)
+    groups = {id(group): tuple(sorted(group)) for group in joined.values()}
+    return tuple(sorted(groups.values()))
   listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text)
   if listed:
     parts = re.findall(r"\{([\d,]+)\}", listed[1])
@@ -379,12 +416,29 @@ def _groups(text: str) -> tuple[tuple[int, ...], ...]:
   counted = re.search(
     r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
   )
-  if counted is None:
+  named = re.search(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(([\d,]+)\))? \{([^}]*)\}",
+    text,
+  )
+  if counted:
+    rows, columns = int(counted[1]), int(counted[2])
+    shape = [int(n) for n in counted[3].split(",")]
+    order = [int(n) for n in (counted[4] or "").split(",") if n]
+  elif named:
+    sizes = re.findall(r"'(\w+)'=(\d+)", named[1])
+    shape = [int(size) for _, size in sizes]
+    own = re.findall(r"'(\w+)'", named[3])
+    inner = [n for n, (name, _) in enumerate(sizes) if name in own]
+    order = [n for n in range(len(sizes)) if n not in inner] + inner
+    columns = math.prod(shape[n] for n in inner)
+    rows = math.prod(shape) // columns
+  else:
     return ()
-  rows, columns = int(counted[1]), int(counted[2])
-  shape = [int(n) for n in counted[3].split(",")]
-  order = [int(n) for n in (counted[4] or "").split(",") if n]
   flat = _transposed(shape, order or list(range(len(shape))))
+  if named and named[2]:
+    devices = [int(n) for n in named[2].split(",")]
+    flat = [devices[n] for n in flat]
   return tuple(
     tuple(flat[row * columns : (row + 1) * columns]) for row in range(rows)
   )

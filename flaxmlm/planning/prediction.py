@@ -175,9 +175,11 @@ def describe(
 
   A ring sends each byte of an all-reduce 2 (n - 1) / n times, of a gather or
   scatter (n - 1) / n times. The axes are taken to share the links of the chip
-  by the logarithm of their sizes, as the dimensions of a torus do.
+  by the logarithm of their sizes, as the dimensions of a torus do. Nothing is
+  known of the network between slices: what goes over it takes no time here.
   """
-  axes = find_axes(collective.groups, mesh)
+  between = collective.kind == "send"
+  axes = () if between else find_axes(collective.groups, mesh)
   everyone = math.prod(mesh.values())
   n = math.prod(mesh[axis] for axis in axes) if axes else everyone
   turns = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
@@ -187,9 +189,11 @@ def describe(
     whole *= n  # its result is a part
   share = math.log(n) / math.log(everyone) if everyone > 1 else 1.0
   seconds = whole * passes / (chip.network * share) if n > 1 else 0.0
+  if between:
+    seconds = 0.0
   return {
     "kind": collective.kind,
-    "axes": "x".join(axes) or "?",
+    "axes": "slices" if between else "x".join(axes) or "?",
     "dtypes": "+".join(collective.dtypes),
     "count": 1,
     "operands": collective.operands,

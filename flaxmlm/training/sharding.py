@@ -13,28 +13,30 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxmlm import InputError
+from flaxmlm.models.vocabulary import SPLITS, find_misfit
 
 AXES = ("data", "fsdp", "tensor")
 
-# Over the vocabulary, or where that doesn't divide over the width alone.
-_TABLE = (P("tensor", "fsdp"), P(None, "fsdp"))
-_TABLE_BIAS = (P("tensor"), P())
+# The input's axis if that divides: the sums of a gradient that is split over
+# its last axis, in bfloat16, XLA makes on all devices and then cuts.
+_INWARD = (P(("tensor", "fsdp"), None), P("tensor", "fsdp"))
+_TABLE_BIAS = tuple(P(split[0]) for split in SPLITS)
 
 # The first pattern found in an array's path decides; of several places, the
 # first that divides. It holds for parameters and for the optimizer's state,
 # whose paths end in the parameter's.
 RULES: tuple[tuple[str, P | tuple[P, ...]], ...] = (
-  (r"word/embedding$", _TABLE),
+  (r"word/embedding$", SPLITS),
   (r"span_boundary/position/embedding$", P()),
-  (r"(position|token_type)/embedding$", P(None, "fsdp")),
+  (r"(position|token_type)/embedding$", SPLITS[-1]),
   (r"(query|key|value|intermediate|gate)/kernel$", P("fsdp", "tensor")),
   (r"(query|key|value|intermediate)/bias$", P("tensor")),
-  (r"(attention_output|output)/kernel$", P("tensor", "fsdp")),
+  (r"(attention_output|output)/kernel$", _INWARD),
   (r"project/kernel$", P(None, "fsdp")),
-  (r"mlm/decoder$", _TABLE),
+  (r"mlm/decoder$", SPLITS),
   (
     r"(mlm/transform|pooler/dense|discriminator/dense)/kernel$",
-    P(None, "fsdp"),
+    P("fsdp", None),
   ),
   (r"(pair/dense|discriminator/prediction)/kernel$", P()),
   (r"span_boundary/dense_\d/kernel$", P(None, "fsdp")),
@@ -51,6 +53,9 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh; one axis may be -1, the rest.
 
+  Of several TPU slices the axis `data` goes over the network between them,
+  outermost, and the others stay within a slice.
+
   Args:
     data: Devices along the data axis.
     fsdp: Devices that share one copy of the parameters.
@@ -58,19 +63,35 @@ def make_mesh(
     devices: The devices; None: all.
 
   Raises:
-    InputError: The axes don't multiply to the number of devices.
+    InputError: The axes don't multiply to the number of devices, or the slices
+      don't share the axis `data` equally.
   """
   sizes = [data, fsdp, tensor]
-  count = len(devices or jax.devices())
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   known = int(np.prod([size for size in sizes if size != -1]))
   sizes = [count // known if size == -1 else size for size in sizes]
   if int(np.prod(sizes)) != count:
     shown = " ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     raise InputError(f"{shown} doesn't fit {count} devices")
   types = (AxisType.Auto,) * len(AXES)
-  grid = mesh_utils.create_device_mesh(
-    sizes, devices, allow_split_physical_axes=True
-  )
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if sizes[0] % slices:
+    raise InputError(
+      f"mesh.data={sizes[0]} doesn't divide by {slices} slices: a copy of the"
+      " parameters lies within one; take less mesh.fsdp or mesh.tensor"
+    )
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      [sizes[0] // slices, *sizes[1:]],
+      [slices, 1, 1],
+      devices,
+      allow_split_physical_axes=True,
+    )
   return Mesh(grid, AXES, axis_types=types)
 
 
@@ -131,22 +152,12 @@ def tree_sharding(mesh: Mesh, shapes: Any) -> Any:
       spec = P()
     specs = (spec,) if isinstance(spec, P) else spec
     for spec in specs:
-      misfit = find_misfit(mesh, leaf.shape, spec)
+      misfit = find_misfit(mesh.shape, leaf.shape, spec)
       if misfit is None:
         return NamedSharding(mesh, spec)
     raise InputError(f"{misfit}, an axis of {name}")
 
   return jax.tree_util.tree_map_with_path(place, shapes)
-
-
-def find_misfit(mesh: Mesh, shape: Sequence[int], spec: P) -> str | None:
-  """Returns which axis of a mesh doesn't divide a shape, or None."""
-  for size, given in zip(shape, spec, strict=False):
-    axes = (given,) if isinstance(given, str) else given or ()
-    if size % int(np.prod([mesh.shape[axis] for axis in axes])):
-      shown = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
-      return f"{shown} doesn't divide {size}"
-  return None
 
 
 def put_rows(mesh: Mesh, rows: Any) -> Any:

@@ -83,6 +83,7 @@ def make_train_step(
     clipping and the `learning_rate`.
   """
   rows_sharding = sharding.batch_sharding(mesh)
+  splits = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
   def split(x: Array) -> Array:
     x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
@@ -101,7 +102,13 @@ def make_train_step(
       )
       return loss, sums
 
-    grad = jax.grad(objective_loss, has_aux=True)
+    def grad(params: Params, *part: Any) -> tuple[Params, Sums]:
+      grads, sums = jax.grad(objective_loss, has_aux=True)(params, *part)
+      if splits:
+        # So that they are scattered as they are summed, in a loop too.
+        grads = jax.lax.with_sharding_constraint(grads, state_sharding.params)
+      return grads, sums
+
     if microbatches == 1:
       return grad(params, *rows)
     parts = jax.tree.map(split, rows)
