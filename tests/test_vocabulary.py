@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 from test_training import SPECIALS, L, batch, losses, tiny
 
 from flaxmlm import models, objectives
