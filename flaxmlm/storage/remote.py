@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,6 @@ CACHE = "FLAXMLM_CACHE"
 ORIGIN = "origin.txt"  # in the local folder of a run: where it is kept
 _CHUNK = 16 << 20
 _MANIFEST = "manifest.json"
-_COMMITTED = "commit_success.txt"  # Orbax', in buckets
 _PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID")
 # Parts of a run that aren't copied here when a program begins.
 _STAY = ("checkpoints", "store", "store.partial", "tensorboard")
@@ -58,6 +58,11 @@ def open_path(url: str) -> Any:
   if importlib.util.find_spec("gcsfs") is None:
     raise InputError(f"{url}: reading it wants gcsfs; pip install -e '.[gcs]'")
   return epath.Path(url)
+
+
+def as_path(path: str) -> Any:
+  """Returns a path with pathlib's methods, here or in a bucket."""
+  return open_path(path) if is_remote(path) else pathlib.Path(path)
 
 
 def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
@@ -234,17 +239,21 @@ def checkpoints(workdir: str) -> str:
 
 
 def list_checkpoints(workdir: str) -> list[str]:
-  """Returns the names of a run's checkpoints, those that are whole.
+  """Returns the names in a run's folder of checkpoints; digits are steps.
 
-  Here a checkpoint has its name once it is whole; in a bucket it has a file
-  that says so.
+  Here a step has its name once it is whole; in a bucket, where nothing can be
+  renamed at once, it has a manifest.
   """
   folder = checkpoints(workdir)
   names = list_names(folder)
   if not is_remote(folder):
     return names
   root = open_path(folder)
-  return [name for name in names if (root / name / _COMMITTED).exists()]
+  return [
+    name
+    for name in names
+    if name.isdigit() and (root / name / _MANIFEST).exists()
+  ]
 
 
 def list_names(folder: str) -> list[str]:
