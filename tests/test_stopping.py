@@ -90,7 +90,7 @@ def assert_same(workdir, alone) -> None:
 @pytest.mark.slow
 def test_a_signal_at_any_moment_loses_at_most_a_step(store, alone, tmp_path):
   draw, workdir = random.SystemRandom(), tmp_path / "run"
-  for number in (signal.SIGTERM, signal.SIGINT) * 3:
+  for number in (signal.SIGTERM, signal.SIGINT) * 2:
     process = start(store, f"--workdir={workdir}")
     before = saves.list_steps(str(workdir / "checkpoints"))
     wait_for(workdir, min((before or [0])[-1] + 1, STEPS), process)
@@ -127,7 +127,7 @@ def test_a_second_signal_ends_it_at_once(store, tmp_path):
   process.communicate(timeout=60)
   assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
   folder = str(workdir / "checkpoints")
-  assert saves.find_newest(folder, strict=True, say=print)["step"] >= 8
+  assert saves.find_newest(folder, strict=True, say=print)["step"] >= 4
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
     line = [*ARGS, store, f"--workdir={workdir}"]
     program("train", *line, "--config.train.max_hours=1e-9")
     filler = disk / "filler"
-    filler.write_bytes(bytes(22 << 20))
+    filler.write_bytes(bytes(26 << 20))
     error = program(
       "train", *line, "--config.checkpoint.max_failures=3", code=1
     )
@@ -339,7 +339,6 @@ def test_a_run_goes_on_on_any_mesh_with_any_micro_batches(tmp_path):
     jax.tree.leaves(state.params), jax.tree.leaves(want.params), strict=True
   ):
     worst = max(worst, float(np.abs(np.asarray(a) - np.asarray(b)).max()))
-  print(f"worst {worst:.2e}")
   assert 0 < worst <= 1e-5
 
 
