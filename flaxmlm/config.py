@@ -21,7 +21,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -1106,7 +1106,10 @@ def check_file(name: str, path: str | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a program's main; a user's mistake is one line and exit code 2."""
+  """Runs a program's main; a user's mistake is one line and exit code 2.
+
+  A full disk is one line too, and exit code 1: another try may have room.
+  """
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors="replace")  # a terminal without Unicode
   try:
@@ -1114,20 +1117,26 @@ def run(main: Callable[[], None]) -> None:
     sys.stdout.flush()
   except InputError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-      sys.stdout.flush()
-      os._exit(2)  # a proper end would wait for the other processes
-    sys.exit(2)
+    _leave(2)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
-    print(f"error: {error}; make room, and start again", file=sys.stderr)
-    sys.exit(1)
+    line = f"error: {error}; make room, and start again"
+    print(line, file=sys.stderr, flush=True)
+    _leave(1)
   except KeyboardInterrupt:
     sys.exit(130)
   except BrokenPipeError:  # `| head` has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def _leave(code: int) -> NoReturn:
+  """Exits; with other processes at once, as a proper end would wait for them."""
+  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def markdown() -> Iterator[str]:

@@ -15,7 +15,7 @@ from conftest import ROOT, environment, lines, program
 
 from flaxmlm import InputError
 from flaxmlm.data.store import open_store
-from flaxmlm.storage import remote
+from flaxmlm.storage import manifests, remote, saves
 
 if importlib.util.find_spec("gcsfs") is None:
   pytest.skip("no gcsfs; the extra gcs has it", allow_module_level=True)
@@ -159,3 +159,39 @@ def test_a_local_run_has_no_origin(tmp_path):
   assert remote.checkpoints(str(tmp_path)) == os.path.join(
     tmp_path, "checkpoints"
   )
+
+
+def test_a_damaged_step_in_a_bucket_is_set_aside(bucket, tmp_path):
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  for step in (1, 2, 3, 4):
+    data = remote.open_path(f"{folder}/{step}/state/d")
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "array").write_bytes(bytes(range(step, 100)))
+    if step < 4:  # whose save was cut off
+      manifests.seal(f"{folder}/{step}", {"step": step, "loss": None})
+  (remote.open_path(folder) / "3" / "state" / "d" / "array").write_bytes(
+    bytes(97)
+  )
+  remote.forget(folder)
+  with pytest.raises(InputError, match=r"/4: manifest.json is missing; .*/3: "):
+    saves.find_newest(folder, strict=True, say=print)
+  said = []
+  facts = saves.find_newest(folder, strict=False, say=said.append)
+  assert facts["step"] == 2
+  assert "/3: state/d/array isn't what was written" in said[1]
+  remote.forget(folder)
+  names = sorted(remote.list_names(folder))
+  assert names == ["1", "2", "3.broken", "4.broken"]
+  assert saves.remove_old(folder, keep=1, best=0, every=0) == [1]
+  remote.forget(folder)
+  assert saves.list_steps(folder) == [2]
+
+
+def test_a_bucket_with_nothing_but_a_save_that_was_cut_off(bucket, tmp_path):
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  data = remote.open_path(f"{folder}/4/state")
+  data.mkdir(parents=True, exist_ok=True)
+  (data / "array").write_bytes(b"half")
+  said = []
+  assert saves.find_newest(folder, strict=False, say=said.append) is None
+  assert "set aside as 4.broken, nothing is taken in its place" in said[0]

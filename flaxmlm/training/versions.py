@@ -8,7 +8,7 @@ import pathlib
 
 # What the numbers of a step, or the order of its rows, can hang on.
 _LIBRARIES = (
-  *("flax", "grain", "jax", "jaxlib", "libtpu", "numpy", "optax"),
+  *("flax", "jax", "jaxlib", "libtpu", "numpy", "optax"),
   "orbax-checkpoint",
 )
 _CODE = (
