@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import errno
 import glob
 import json
 import math
@@ -20,7 +21,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -140,6 +141,7 @@ KEYS: dict[str, Key] = {
   "train.batch_size": Key(256, int, "Rows of the global batch B.", unit="rows", low=1),
   "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
+  "train.max_hours": Key(None, float, "Stop after the step at which so much time has gone by since the start, as a signal does: saved, exit code 0, and the same line goes on. None: no limit.", unit="hours", low=0, optional=True),
 
   "mesh.data": Key(-1, int, "Devices along the data axis; -1: the rest.", unit="devices", low=-1),
   "mesh.fsdp": Key(1, int, "Devices that share one copy of the parameters; the batch is split over them too. -1: the rest.", unit="devices", low=-1),
@@ -150,6 +152,11 @@ KEYS: dict[str, Key] = {
 
   "checkpoint.every": Key(1000, int, "Save each so many steps, and at the end. 0: at the end only.", unit="steps", low=0),
   "checkpoint.keep": Key(2, int, "Newest checkpoints to keep.", low=1),
+  "checkpoint.keep_best": Key(0, int, "Checkpoints of the least validation loss to keep beside these.", low=0),
+  "checkpoint.keep_every": Key(0, int, "Keep the checkpoints of steps that this divides for ever. 0: none.", unit="steps", low=0),
+  "checkpoint.strict": Key(False, bool, "Whether to refuse to go on if the newest checkpoint is damaged, and not take the newest whole one."),
+  "checkpoint.max_failures": Key(10, int, "Stop, with exit code 1, after so many saves in a row that failed.", low=1),
+  "checkpoint.retry_seconds": Key(60.0, float, "How long after a failed save to try again.", unit="seconds", low=0),
 
   "log.every": Key(50, int, "Write metrics each so many steps.", unit="steps", low=1),
 }
@@ -178,16 +185,38 @@ _BESIDE_THE_STORE = (
 )
 
 # What a run may be resumed with changed: nothing that it computes hangs on it.
+# The store is known by its hash, wherever it is.
 FREE_ON_RESUME = (
-  "mesh.",
-  "model.attention:",
-  "model.remat",
-  "model.scan_layers",
-  "train.microbatches",
-  "data.processes",
-  "eval.",
-  "checkpoint.",
-  "log.",
+  *("mesh", "eval", "checkpoint", "log"),
+  *("model.attention", "model.remat", "model.scan_layers"),
+  *("train.microbatches", "train.max_hours"),
+  *("data.processes", "data.store", "data.tfds_dir"),
+)
+# What may be changed by naming it: arrays and the order of the rows stay.
+ALLOWED_ON_RESUME = (
+  "optimizer.peak_lr",
+  "optimizer.muon_peak_lr",
+  "optimizer.weight_decay",
+  "optimizer.b1",
+  "optimizer.b2",
+  "optimizer.eps",
+  "optimizer.clip_norm",
+  "optimizer.schedule",
+  "optimizer.warmup_steps",
+  "optimizer.decay_steps",
+  "optimizer.end_lr_ratio",
+  "objective.weights",
+  "objective.rate",
+  "objective.rate_end",
+  "objective.rate_schedule",
+  "objective.temperature",
+  "objective.discriminator_weight",
+  "objective.mask_share",
+  "objective.random_share",
+  "model.dropout",
+  "model.attention_dropout",
+  "train.steps",
+  "train.dtype",
 )
 
 
@@ -528,6 +557,13 @@ def validate(
     f"optimizer.warmup_steps={c.optimizer.warmup_steps} is more than"
     f" train.steps={c.train.steps}",
   )
+  best, evals = c.checkpoint.keep_best, c.eval.every
+  need(
+    not best or (evals > 0 and c.checkpoint.every % evals == 0),
+    f"checkpoint.keep_best={best} wants a validation loss of each checkpoint:"
+    f" checkpoint.every={c.checkpoint.every} must be a multiple of"
+    f" eval.every={evals}",
+  )
   if c.optimizer.schedule == "wsd":
     need(
       c.optimizer.warmup_steps + c.optimizer.decay_steps <= c.train.steps,
@@ -744,6 +780,15 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     for name in KEYS
     if a.get(name) != b.get(name)
   ]
+
+
+def is_named(name: str, among: Collection[str]) -> bool:
+  """Whether a key, or a group that it is in, is among some.
+
+  >>> is_named("mesh.data", ["mesh"]), is_named("mesh.data", ["mesh.dat"])
+  (True, False)
+  """
+  return any(name == other or name.startswith(f"{other}.") for other in among)
 
 
 def parser(doc: str | None, *, workdir: bool = True) -> argparse.ArgumentParser:
@@ -1069,7 +1114,10 @@ def check_file(name: str, path: str | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a program's main; a user's mistake is one line and exit code 2."""
+  """Runs a program's main; a user's mistake is one line and exit code 2.
+
+  A full disk is one line too, and exit code 1: another try may have room.
+  """
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors="replace")  # a terminal without Unicode
   try:
@@ -1077,15 +1125,26 @@ def run(main: Callable[[], None]) -> None:
     sys.stdout.flush()
   except InputError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-      sys.stdout.flush()
-      os._exit(2)  # a proper end would wait for the other processes
-    sys.exit(2)
+    _leave(2)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    line = f"error: {error}; make room, and start again"
+    print(line, file=sys.stderr, flush=True)
+    _leave(1)
   except KeyboardInterrupt:
     sys.exit(130)
   except BrokenPipeError:  # `| head` has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def _leave(code: int) -> NoReturn:
+  """Exits; with other processes at once, as a proper end would wait for them."""
+  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def markdown() -> Iterator[str]:

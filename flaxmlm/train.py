@@ -16,12 +16,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
-from flaxmlm.storage import lease, remote
-from flaxmlm.training import hosts, memory
+from flaxmlm.storage import lease, manifests, remote, saves
+from flaxmlm.training import hosts, memory, versions
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
   from flaxmlm.data.store import TokenStore
   from flaxmlm.models.model import Model
   from flaxmlm.objectives import Objective
+  from flaxmlm.tokenizers import Tokenizer
   from flaxmlm.training.step import State, TrainStep
 
 
@@ -47,13 +48,23 @@ def main(argv: list[str] | None = None) -> None:
 def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   """As `main`, with what is to be given back at the end on a stack."""
   began = time.perf_counter()
-  args, c = config.parse(config.parser(__doc__), argv)
+  parser = config.parser(__doc__)
+  parser.add_argument(
+    "--allow",
+    metavar="NAMES",
+    default="",
+    help="what the run may go on with changed, like"
+    " optimizer.peak_lr,version.jax; see docs/reliability.md",
+  )
+  args, c = config.parse(parser, argv)
+  allow = [name for name in args.allow.split(",") if name]
+  check_allowed(allow)
   process, processes = hosts.join()
   workdir = os.path.abspath(args.workdir)
   push = remote.make_push(workdir)
   if process == 0:
     check_claim = claims.enter_context(remote.claim(workdir))
-    lock = claim_workdir(workdir, c)
+    lock, saved = claim_workdir(workdir, c, allow)
   else:  # the first one writes, and the others find it there
     hosts.wait("the data", processes)
     check_shared(workdir, c)
@@ -69,7 +80,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
 
   tokenizer = tokenizers.load(os.path.join(store.folder, "tokenizer"))
   if process == 0:
-    claim_store(workdir, store)
+    claim_store(workdir, store, tokenizer, saved, allow)
     tokenizer.save(os.path.join(workdir, "tokenizer"))
     push(must=True)
     hosts.wait("the data", processes)
@@ -178,11 +189,15 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     shown = jax.device_get(guess_step(params, put(batch)))
     return report.guesses(*shown, tokens=tokenizer.tokens)
 
-  def save(state: State) -> None:
-    if process == 0:
-      check_claim()
-      push(must=False)  # first: a checkpoint comes after what belongs to it
-    checkpoints.save(checkpointer, state)
+  def before_save() -> None:
+    check_claim()
+    push(must=False)  # a checkpoint comes after what belongs to it
+
+  caught, notice = loop.catch_signals(), hosts.watch_preemption()
+
+  def stop() -> bool:
+    hours, limit = (time.perf_counter() - began) / 3600, c.train.max_hours
+    return bool(caught) or notice() or (limit is not None and hours > limit)
 
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
@@ -222,12 +237,27 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     print(f"{name:>18}  {value}")
 
   examples_path = os.path.join(workdir, "examples.json")
-  checkpointer = checkpoints.open_folder(
-    remote.checkpoints(workdir), keep=c.checkpoint.keep
+  folder = remote.checkpoints(workdir)
+  saver = checkpoints.Saver(
+    folder,
+    newest=newest,
+    keep=c.checkpoint.keep,
+    best=c.checkpoint.keep_best,
+    every=c.checkpoint.keep_every,
+    record={
+      "config": c.to_dict(),
+      "version": versions.find(),
+      "store": store.hash,
+      "tokenizer": tokenizer.fingerprint,
+    },
+    max_failures=c.checkpoint.max_failures,
+    retry_seconds=c.checkpoint.retry_seconds,
+    before=before_save,
   )
-  state = checkpoints.restore(checkpointer, shapes)
-  if state is not None:
-    print(f"going on after step {int(state.step):,} of {c.train.steps:,}")
+  if newest is not None:
+    facts = manifests.read(f"{folder}/{newest}")
+    state = checkpoints.restore(folder, facts, shapes)
+    print(f"going on after step {newest:,} of {c.train.steps:,}")
   elif run is not None:
     state = continue_from(run, shapes, mesh, print, step=phase.first_step)
   else:
@@ -261,31 +291,35 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       step = int(state.step)
       writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
       write = stack.enter_context(writer).write
-    state = loop.run(
-      state,
-      step_key,
-      train_step=train_step,
-      batch_at=batch_at,
-      evaluate=evaluate,
-      save=save,
-      write=write,
-      vote=hosts.make_vote(),
-      schedule=loop.Schedule(
-        steps=c.train.steps,
-        log_every=c.log.every,
-        eval_every=c.eval.every,
-        save_every=c.checkpoint.every,
-        first=phase.first_step,
-      ),
-      cost=loop.Cost(
-        tokens=B * L,
-        flops=flops,
-        peak=peak,
-        tokens_before=sum(phase.tokens for phase in before),
-      ),
-      shares=objective.shares,
-    )
-  checkpointer.close()
+    try:
+      state = loop.run(
+        state,
+        step_key,
+        train_step=train_step,
+        batch_at=batch_at,
+        evaluate=evaluate,
+        saver=saver,
+        write=write,
+        stop=stop,
+        vote=hosts.make_vote(),
+        schedule=loop.Schedule(
+          steps=c.train.steps,
+          log_every=c.log.every,
+          eval_every=c.eval.every,
+          save_every=c.checkpoint.every,
+          first=phase.first_step,
+        ),
+        cost=loop.Cost(
+          tokens=B * L,
+          flops=flops,
+          peak=peak,
+          tokens_before=sum(phase.tokens for phase in before),
+        ),
+        shares=objective.shares,
+      )
+    except checkpoints.SaveError as error:
+      warn(f"error: {error}; once it can be saved, the same line again goes on")
+      sys.exit(1)
 
   # The page, and what to do next.
   after = guesses(state.params)
@@ -367,18 +401,37 @@ def make_parts(c: ConfigDict, vocab: Mapping[str, Any], mesh: Mesh) -> Parts:
   return Parts(model, objective, init, state_sharding, train_step)
 
 
-def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
+def check_allowed(allow: Sequence[str]) -> None:
+  """Raises InputError at a name of --allow that nothing can be changed by."""
+  for name in allow:
+    if not any(
+      config.is_named(known, [name]) or config.is_named(name, [known])
+      for known in (*config.ALLOWED_ON_RESUME, "version", "store", "tokenizer")
+    ):
+      raise InputError(
+        f"--allow={name}: a run can't go on with that changed"
+        " (docs/reliability.md lists what can be); begin a phase of its own, by"
+        " train.continue_from"
+      )
+
+
+def claim_workdir(
+  workdir: str, c: ConfigDict, allow: Sequence[str]
+) -> tuple[IO[bytes], Mapping[str, Any] | None]:
   """Writes the config into the workdir, unless a run of another is there.
 
   A workdir without a checkpoint has nothing to lose: its config is replaced.
+  Damaged checkpoints are set aside; see `saves.find_newest`.
 
   Returns:
     An open file that holds the lock on the workdir: until it is closed or this
-    process ends, nobody else can claim it.
+    process ends, nobody else can claim it. And what the manifest of the newest
+    checkpoint says, if there is one.
 
   Raises:
     InputError: Another process trains there, the run that is there was made
-      with another config, the folder is something else or can't be made.
+      with another config or versions that aren't allowed, has no checkpoint
+      that is whole, the folder is something else or can't be made.
   """
   from flaxmlm.data.store import lock_file
 
@@ -395,26 +448,74 @@ def claim_workdir(workdir: str, c: ConfigDict) -> IO[bytes]:
   path = os.path.join(workdir, "config.json")
   if os.path.exists(path):
     try:
-      before = config.from_json(path)
+      config.from_json(path)
     except InputError as error:
       raise InputError(
         f"--workdir={workdir} isn't the folder of a run: {error}; take another"
       ) from error
-    changed = [
-      line
-      for line in config.differences(before, c)
-      if not line.startswith(config.FREE_ON_RESUME)
-    ]
-    if changed and newest_step(workdir) is not None:
-      raise InputError(
-        f"{workdir} has a run with another config: {'; '.join(changed)}; take"
-        " these back, or another --workdir"
-      )
+  folder = remote.checkpoints(workdir)
+  saved = saves.find_newest(folder, strict=c.checkpoint.strict, say=warn)
+  if saved is not None:
+    check_unchanged(workdir, saved["run"], c, allow)
   try:
     write_text(path, config.to_json(c))
   except OSError as error:
     raise InputError(f"--workdir={workdir}: {error.strerror}") from error
-  return lock
+  return lock, saved
+
+
+def check_unchanged(
+  workdir: str, saved: Mapping[str, Any], c: ConfigDict, allow: Sequence[str]
+) -> None:
+  """Raises InputError if the config or a version isn't that of the run.
+
+  What isn't refused, because it is free or allowed, is printed.
+  """
+  before = config.check_keys(
+    config.to_flat(saved["config"]), where=f"{workdir}: its checkpoint"
+  )
+  changed = [
+    line
+    for line in config.differences(before, c)
+    if not config.is_named(line.partition(":")[0], config.FREE_ON_RESUME)
+  ]
+  old, new = saved["version"], versions.find()
+  changed += [
+    f"version.{name}: {old.get(name)} -> {new.get(name)}"
+    for name in sorted({*old, *new})
+    if old.get(name) != new.get(name)
+  ]
+  refuse_changes(workdir, changed, allow)
+
+
+def refuse_changes(
+  workdir: str, changed: Sequence[str], allow: Sequence[str]
+) -> None:
+  """Raises InputError with the changes that aren't allowed.
+
+  Args:
+    workdir: Of the run.
+    changed: Lines like "KEY: OLD -> NEW".
+    allow: Names of --allow.
+  """
+  known = (*config.ALLOWED_ON_RESUME, "version", "store", "tokenizer")
+  names = {line: line.partition(":")[0] for line in changed}
+  possible = [n for n in names.values() if config.is_named(n, known)]
+  refused = [
+    line
+    for line, name in names.items()
+    if name not in possible or not config.is_named(name, allow)
+  ]
+  for line in changed:
+    if line not in refused:
+      print(f"allowed: {line}")
+  if refused:
+    hint = "take these back, or another --workdir"
+    if all(names[line] in possible for line in refused):
+      hint += f", or go on with them: --allow={','.join(possible)}"
+    raise InputError(
+      f"{workdir} has a run with another config: {'; '.join(refused)}; {hint}"
+    )
 
 
 def check_shared(workdir: str, c: ConfigDict) -> None:
@@ -431,23 +532,34 @@ def check_shared(workdir: str, c: ConfigDict) -> None:
     )
 
 
-def claim_store(workdir: str, store: TokenStore) -> None:
+def claim_store(
+  workdir: str,
+  store: TokenStore,
+  tokenizer: Tokenizer,
+  saved: Mapping[str, Any] | None,
+  allow: Sequence[str],
+) -> None:
   """Notes which store the run reads; a resumed run must read the same.
 
   Raises:
-    InputError: The run that is there was made with another store.
+    InputError: The run that is there was made with another store or tokenizer,
+      and that isn't allowed.
   """
+  if saved is not None:
+    now = {"store": store.hash, "tokenizer": tokenizer.fingerprint}
+    changed = [
+      f"{name}: {saved['run'][name][:16]} -> {hash[:16]} (in {store.folder})"
+      for name, hash in now.items()
+      if saved["run"][name] != hash
+    ]
+    refuse_changes(workdir, changed, allow)
   path = os.path.join(workdir, "store.json")
-  if os.path.exists(path) and newest_step(workdir) is not None:
-    with open(path, encoding="utf-8") as file:
-      before = json.load(file)["manifest_sha256"]
-    if before != store.hash:
-      raise InputError(
-        f"{store.folder} isn't the store that the run in {workdir} was made"
-        " with: its manifest has changed; bring that back, or take another"
-        " --workdir"
-      )
   write_text(path, json.dumps({"manifest_sha256": store.hash}) + "\n")
+
+
+def warn(line: str) -> None:
+  """Prints a line that nobody should miss."""
+  print(line, file=sys.stderr, flush=True)
 
 
 def hold_run(run: str) -> IO[bytes] | None:

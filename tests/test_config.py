@@ -199,6 +199,31 @@ def test_the_architectures_are_the_published_ones(name, kind, published):
   assert c.tokenizer.vocab_size == theirs.vocab_size
 
 
+def test_a_full_disk_is_one_line():
+  code = """
+from flaxmlm import config
+def main():
+  with open("/dev/full", "w") as file:
+    file.write("a line of metrics")
+config.run(main)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 1
+  assert done.stderr.count("\n") == 1
+  assert "No space left on device" in done.stderr
+
+
+def test_the_best_need_a_loss_each():
+  c = config.defaults()
+  c.checkpoint.keep_best, c.checkpoint.every = 2, 1500
+  with pytest.raises(InputError, match=r"multiple of eval\.every=1000"):
+    config.validate(c)
+  c.checkpoint.every = 2000
+  config.validate(c)
+
+
 def test_docs_are_what_the_code_says():
   docs = (ROOT / "docs" / "config.md").read_text()
   assert docs == "\n".join(config.markdown()) + "\n", (

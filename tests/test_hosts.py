@@ -12,6 +12,7 @@ import pytest
 from conftest import FLAGS, ROOT, lines, program
 
 STEPS = 8
+PROGRAM = ("-m", "flaxmlm.train")
 # A flip of the last bit of a sum of float32 grows over the steps.
 TOLERANCE = 2e-4
 ARGS = [
@@ -35,7 +36,7 @@ def store(tmp_path_factory):
 
 
 def start(
-  count: int, *args: str, devices: int = 8, each=()
+  count: int, *args: str, devices: int = 8, each=(), what=PROGRAM
 ) -> list[subprocess.Popen]:
   """Starts `count` processes that share so many devices.
 
@@ -46,7 +47,7 @@ def start(
     address = f"127.0.0.1:{free.getsockname()[1]}"
   return [
     subprocess.Popen(
-      [sys.executable, "-m", "flaxmlm.train", *args, *own],
+      [sys.executable, *what, *args, *own],
       cwd=ROOT,
       env=os.environ
       | {
@@ -156,6 +157,49 @@ def test_one_is_asked_to_stop_and_all_stop_at_the_same_step(
   np.testing.assert_allclose(
     losses(tmp_path / "run"), alone, atol=TOLERANCE, rtol=0
   )
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on(alone, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  brief = "--config.train.max_hours=1e-9"
+  parts = "--config.train.microbatches=2"
+  first, _ = finish(start(2, *line, brief))
+  # All of them heard of it two steps later.
+  assert "stopped after step 3 of" in first
+  [second] = finish(start(1, *line, brief, parts, devices=4))
+  assert "going on after step 3 " in second
+  assert "stopped after step 4 of" in second
+  first, _ = finish(start(2, *line))
+  assert "going on after step 4 " in first
+  np.testing.assert_allclose(
+    losses(tmp_path / "run"), alone, atol=TOLERANCE, rtol=0
+  )
+
+
+# The first process, which seals what all have written, finds no room for that.
+NO_ROOM = """
+import errno, os
+from flaxmlm import config, train
+from flaxmlm.storage import manifests
+def seal(folder, facts):
+  raise OSError(errno.ENOSPC, "No space left on device", folder)
+if os.environ["JAX_PROCESS_ID"] == "0":
+  manifests.seal = seal
+config.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_all_stop_when_one_can_save_no_more(store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  line += ["--config.checkpoint.max_failures=2"]
+  line += ["--config.checkpoint.retry_seconds=0"]
+  first, second = finish(start(2, *line, what=("-c", NO_ROOM)), [1, 1])
+  assert "No space left on device" in first
+  for said in (first, second):
+    assert "failure 2 of 2 in a row" in said
+  assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.slow

@@ -144,7 +144,9 @@ def test_another_store_is_refused(run, tmp_path):
   line = [*SHORT, f"--workdir={workdir}", f"--config.data.store={store}"]
   manifest = store / "manifest.json"
   manifest.write_text(manifest.read_text() + " ")
-  assert "its manifest has changed" in program("train", *line, code=2)
+  error = program("train", *line, code=2)
+  assert f"(in {store}); take these back" in error
+  assert error.endswith("--allow=store\n")
   line += [f"--workdir={tmp_path}/new", "--config.tokenizer.vocab_size=77"]
   error = program("train", *line, code=2)
   assert "was made with tokenizer.vocab_size=2048, not 77" in error

@@ -14,7 +14,7 @@ from conftest import ROOT, environment, lines, program
 
 from flaxmlm import InputError
 from flaxmlm.data.store import open_store
-from flaxmlm.storage import files, lease, remote
+from flaxmlm.storage import files, lease, manifests, remote, saves
 
 ARGS = [
   "--config=configs/quickstart.py",
@@ -88,7 +88,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, tmp_path):
     env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "first")},
     stdout=subprocess.DEVNULL,
   )
-  checkpoint = f"{workdir}/checkpoints/4/commit_success.txt"
+  checkpoint = f"{workdir}/checkpoints/4/manifest.json"
   deadline = time.monotonic() + 120
   while not files.exists(checkpoint):
     assert process.poll() is None
@@ -299,7 +299,7 @@ def test_two_machines_that_train_in_one_bucket_are_kept_apart(bucket, tmp_path):
     stdout=subprocess.DEVNULL,
   )
   deadline = time.monotonic() + 120
-  while not files.exists(f"{workdir}/checkpoints/2/commit_success.txt"):
+  while not files.exists(f"{workdir}/checkpoints/2/manifest.json"):
     assert process.poll() is None
     assert time.monotonic() < deadline
     time.sleep(0.1)
@@ -319,3 +319,30 @@ def test_two_machines_that_train_in_one_bucket_are_kept_apart(bucket, tmp_path):
   process.send_signal(signal.SIGTERM)
   assert process.wait(120) == 0
   assert not files.exists(f"{workdir}/lease.json")
+
+
+def test_a_damaged_step_in_a_bucket_is_set_aside(bucket, tmp_path):
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  for step in (1, 2, 3, 4):
+    files.write(f"{folder}/{step}/state/d/array", bytes(range(step, 100)))
+    if step < 4:  # whose save was cut off
+      manifests.seal(f"{folder}/{step}", {"step": step, "loss": None})
+  files.write(f"{folder}/3/state/d/array", bytes(97))
+  with pytest.raises(InputError, match=r"/4: manifest.json is missing; .*/3: "):
+    saves.find_newest(folder, strict=True, say=print)
+  said = []
+  facts = saves.find_newest(folder, strict=False, say=said.append)
+  assert facts["step"] == 2
+  assert "/3: state/d/array isn't what was written" in said[1]
+  names = sorted(files.list_names(folder))
+  assert names == ["1", "2", "3.broken", "4.broken"]
+  assert saves.remove_old(folder, keep=1, best=0, every=0) == [1]
+  assert saves.list_steps(folder) == [2]
+
+
+def test_a_bucket_with_nothing_but_a_save_that_was_cut_off(bucket, tmp_path):
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  files.write(f"{folder}/4/state/array", b"half")
+  said = []
+  assert saves.find_newest(folder, strict=False, say=said.append) is None
+  assert "set aside as 4.broken, nothing is taken in its place" in said[0]

@@ -189,6 +189,25 @@ def remove_folder(path: str) -> None:
     fs.rm(name, recursive=True)
 
 
+def move_folder(path: str, target: str) -> None:
+  """Gives a folder another name; in a bucket, file after file."""
+  if not is_remote(path):
+    os.rename(path, target)
+    return
+  with opened(path) as (fs, name):
+    fs.mv(name, target.partition("://")[2].rstrip("/"), recursive=True)
+
+
+def remove(path: str) -> None:
+  """Removes a file, if it is there."""
+  with contextlib.suppress(FileNotFoundError):
+    if not is_remote(path):
+      os.unlink(path)
+      return
+    with opened(path) as (fs, name):
+      fs.rm_file(name)
+
+
 def copy_here(urls: Iterable[str], folder: str, target: str) -> None:
   """Copies files of a bucket's folder to one of this machine.
 
@@ -211,9 +230,17 @@ def copy_there(path: str, url: str) -> None:
     fs.put_file(path, name)
 
 
-def list_tree(url: str) -> list[str]:
-  """Returns all files under a folder of a bucket."""
-  return list(_list(f"{url.rstrip('/')}/"))
+def list_tree(folder: str) -> dict[str, int]:
+  """Returns the size in bytes of each file under a folder, by its path."""
+  folder = folder.rstrip("/")
+  if is_remote(folder):
+    return _list(f"{folder}/")
+  paths = (
+    os.path.join(root, name)
+    for root, _, names in os.walk(folder)
+    for name in names
+  )
+  return {path: os.path.getsize(path) for path in paths}
 
 
 # Listing a large folder takes long, and a program asks for its sources often.

@@ -32,7 +32,6 @@ CACHE = "FLAXMLM_CACHE"
 ORIGIN = "origin.txt"  # in the local folder of a run: where it is kept
 _CHUNK = 16 << 20
 _MANIFEST = "manifest.json"
-_COMMITTED = "commit_success.txt"  # Orbax', in buckets
 _PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID")
 # Parts of a run that aren't copied here when a program begins.
 _STAY = ("checkpoints", "store", "store.partial", "tensorboard")
@@ -42,25 +41,6 @@ def cache_folder() -> str:
   """Returns where copies are kept: $FLAXMLM_CACHE, or ~/.cache/flaxmlm."""
   home = os.path.join(os.path.expanduser("~"), ".cache", "flaxmlm")
   return os.environ.get(CACHE) or home
-
-
-def open_path(url: str) -> Any:
-  """Returns a remote path that can be read and written.
-
-  Raises:
-    InputError: What reads such paths isn't installed.
-  """
-  from etils import epath
-
-  files.system(url.partition("://")[0])
-  return epath.Path(url)
-
-
-def forget(url: str) -> None:
-  """Forgets what `open_path` has listed of a bucket."""
-  import fsspec
-
-  fsspec.filesystem(url.partition("://")[0]).invalidate_cache()
 
 
 def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
@@ -284,16 +264,20 @@ def checkpoints(workdir: str) -> str:
 
 
 def list_checkpoints(workdir: str) -> list[str]:
-  """Returns the names of a run's checkpoints, those that are whole.
+  """Returns the names in a run's folder of checkpoints; digits are steps.
 
-  Here a checkpoint has its name once it is whole; in a bucket it has a file
-  that says so.
+  Here a step has its name once it is whole; in a bucket, where nothing can be
+  renamed at once, it has a manifest.
   """
   folder = checkpoints(workdir)
   names = list_names(folder)
   if not is_remote(folder):
     return names
-  return [n for n in names if files.exists(f"{folder}/{n}/{_COMMITTED}")]
+  return [
+    name
+    for name in names
+    if name.isdigit() and files.exists(f"{folder}/{name}/{_MANIFEST}")
+  ]
 
 
 def make_push(workdir: str) -> Callable[[bool], None]:

@@ -8,11 +8,16 @@ do here, and JAX isn't imported.
 from __future__ import annotations
 
 import collections
+import contextlib
 import glob
 import hashlib
+import http.client
 import os
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flaxmlm import InputError
@@ -20,6 +25,7 @@ from flaxmlm import InputError
 # As JAX has them, and two that it lacks.
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 PROCESSES, PROCESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+METADATA = "GCE_METADATA_HOST"
 # How long the others wait while the first one prepares the text.
 _PATIENCE_SECONDS = 7 * 24 * 3600
 # After the last meeting they all end within moments.
@@ -131,8 +137,20 @@ def check_alike(values: Mapping[str, Any]) -> None:
     )
 
 
-def make_vote() -> Callable[[bool], bool]:
-  """Returns `flag -> bool`: whether any process has said True.
+def any_of(flag: bool) -> bool:
+  """Whether any process says True; all ask, and wait for one another."""
+  import jax
+
+  if jax.process_count() == 1:
+    return flag
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def make_vote() -> Callable[[Sequence[bool]], tuple[bool, ...]]:
+  """Returns `flags -> flags`: for each, whether any process has said True.
 
   All have to call it once a step. With several processes the answer is that of
   two steps ago, the same in all of them, so that none waits for a device that
@@ -144,16 +162,62 @@ def make_vote() -> Callable[[bool], bool]:
   from jax.sharding import PartitionSpec as P
 
   if jax.process_count() == 1:
-    return bool
+    return tuple
   count = (jax.device_count(),)
   mesh = jax.make_mesh(count, ("all",), axis_types=(AxisType.Auto,))
   split = NamedSharding(mesh, P("all"))
-  gather = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, P()))
-  votes: collections.deque[Any] = collections.deque([False] * 3, maxlen=3)
+  gather = jax.jit(
+    lambda x: x.any(axis=0), out_shardings=NamedSharding(mesh, P())
+  )
+  votes: collections.deque[Any] = collections.deque(maxlen=3)
 
-  def vote(flag: bool) -> bool:
-    own = np.full(jax.local_device_count(), flag)
+  def vote(flags: Sequence[bool]) -> tuple[bool, ...]:
+    own = np.tile(np.array(flags), (jax.local_device_count(), 1))
     votes.append(gather(jax.make_array_from_process_local_data(split, own)))
-    return bool(votes[0])
+    if len(votes) < 3:
+      return (False,) * len(flags)
+    return tuple(map(bool, np.asarray(votes[0])))
 
   return vote
+
+
+def watch_preemption() -> Callable[[], bool]:
+  """Returns whether Google has given notice that it takes this machine away.
+
+  A thread asks the machine's metadata server each second; elsewhere than on
+  Google Cloud nothing is asked. $GCE_METADATA_HOST says where that server is,
+  as to Google's own libraries. Compute Engine's documentation, "Create and use
+  Spot VMs", "Detect preemption of Spot VMs".
+  """
+  host = os.environ.get(METADATA)
+  if host is None and not _is_google():
+    return lambda: False
+  request = urllib.request.Request(
+    f"http://{host or 'metadata.google.internal'}"
+    "/computeMetadata/v1/instance/preempted",
+    headers={"Metadata-Flavor": "Google"},
+  )
+  directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  notice = threading.Event()
+
+  def watch() -> None:
+    while not notice.is_set():
+      with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        directly.open(request, timeout=5) as answer,
+      ):
+        if answer.read(16).strip() == b"TRUE":
+          notice.set()
+      time.sleep(1)
+
+  threading.Thread(target=watch, name="pre-emption", daemon=True).start()
+  return notice.is_set
+
+
+def _is_google() -> bool:
+  """Whether this is a machine of Google Cloud."""
+  try:
+    with open("/sys/class/dmi/id/product_name", encoding="utf-8") as file:
+      return file.read().startswith("Google")
+  except (OSError, ValueError):
+    return False

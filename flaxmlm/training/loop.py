@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from rich.progress import (
 from flaxmlm.models.model import Params
 from flaxmlm.objectives.objective import Batch
 from flaxmlm.training import metrics
+from flaxmlm.training.checkpoints import Saver
 from flaxmlm.training.step import EvalStep, State, TrainStep
 
 
@@ -57,14 +59,15 @@ def run(
   train_step: TrainStep,
   batch_at: Callable[[int], Batch],
   evaluate: Callable[[Params], dict[str, float]],
-  save: Callable[[State], None],
+  saver: Saver,
   write: Callable[[int, dict[str, float]], None],
-  vote: Callable[[bool], bool],
+  stop: Callable[[], bool],
+  vote: Callable[[Sequence[bool]], tuple[bool, ...]],
   schedule: Schedule,
   cost: Cost,
   shares: Mapping[str, float],
 ) -> State:
-  """Trains until the last step, or until a signal asks to stop.
+  """Trains until the last step, or until it is asked to stop.
 
   At most two steps are in flight: while the device computes one, the host has
   read and sent the next. Only to log, evaluate or save is the newest step
@@ -77,18 +80,22 @@ def run(
     train_step: Of `step.make_train_step`.
     batch_at: Returns a step's batch, on the devices.
     evaluate: Returns metrics of the validation split.
-    save: Saves a state in the background.
+    saver: Saves states in the background.
     write: Writes metrics of a step.
-    vote: Returns whether any process wants to stop: `hosts.make_vote`'s.
+    stop: Returns whether this process is asked to stop.
+    vote: Returns what any process says: `hosts.make_vote`'s.
     schedule: When to log, evaluate, save and stop.
     cost: For throughput.
     shares: Weight of each task in the loss.
 
   Returns:
-    The last state; its step is less than `schedule.steps` if SIGINT or SIGTERM
-    came. It has been given to `save`.
+    The last state; its step is less than `schedule.steps` if it was asked to
+    stop. It is on the disk.
+
+  Raises:
+    SaveError: It can't be saved any more.
   """
-  first = last_saved = int(state.step)
+  first = int(state.step)
   window: list[Any] = []  # sums of the steps since the last report
   mark, timed, host, paused = time.perf_counter(), 0, 0.0, 0.0
 
@@ -117,8 +124,8 @@ def run(
     mark, timed, host, paused = now, 0, 0.0, 0.0
     return values
 
-  tasks = list(shares)
-  with _signals() as stop, _progress(first, schedule.steps, tasks) as show:
+  tasks, values = list(shares), {}
+  with _progress(first, schedule.steps, tasks) as show:
     if first == schedule.first:  # what it begins with: as a rule, nothing
       values = evaluate(state.params)
       write(first, values)
@@ -148,8 +155,12 @@ def run(
         values = report(step)
         host += time.perf_counter() - begin
       show.step(step, values)
-      stopping = vote(bool(stop))
-      saving = due(step, schedule.save_every) or stopping
+      stopping, failed, again = vote(
+        (stop(), saver.failed(), saver.is_due_again())
+      )
+      if failed:
+        saver.count_failure()
+      saving = due(step, schedule.save_every) or stopping or again
       if due(step, schedule.eval_every) or saving:
         jax.block_until_ready(sums)
         begin = time.perf_counter()
@@ -158,14 +169,12 @@ def run(
           write(step, values)
           show.step(step, values)
         if saving:
-          save(state)
-          last_saved = step
+          saver.save(state, values.get("eval/loss"))
         paused += time.perf_counter() - begin
         idle += time.perf_counter() - begin
       if stopping:
         break
-  if last_saved < int(state.step):
-    save(state)
+    saver.close(state, values.get("eval/loss"))
   return state
 
 
@@ -215,23 +224,27 @@ def clock(seconds: float) -> str:
   return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-  """Gives a list that SIGINT and SIGTERM add to; a second SIGINT exits."""
-  stop: list[int] = []
+def catch_signals() -> list[int]:
+  """Returns a list that SIGINT and SIGTERM are added to, from now on.
+
+  A second one ends the process at once. What is being saved then is no
+  checkpoint yet, and the last one stays as it is.
+  """
+  caught: list[int] = []
 
   def handle(number: int, frame: Any) -> None:
-    if stop:
-      sys.exit(130)
-    stop.append(number)
-    print("stopping after this step; once more to stop at once", flush=True)
+    if caught:
+      os._exit(128 + number)
+    caught.append(number)
+    # No print: that isn't safe in here.
+    os.write(
+      sys.stdout.fileno(),
+      b"stopping after this step; once more to stop at once\n",
+    )
 
-  old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    yield stop
-  finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, handle)
+  return caught
 
 
 class _Show(NamedTuple):
