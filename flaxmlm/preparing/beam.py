@@ -34,6 +34,7 @@ from flaxmlm import InputError
 from flaxmlm.data import sources, store
 from flaxmlm.preparing import shards
 from flaxmlm.preparing.documents import Part
+from flaxmlm.storage import files
 
 # Beam warns of what it has no use for here, as soon as it is imported.
 _level = logging.root.manager.disable
@@ -203,7 +204,7 @@ def choose(
       path = job.file("fates", f"{number}.npy")
       if not _await(path, _PATIENCE):
         raise InputError(f"{path}: no worker has left it; {_AGAIN}")
-      fates = np.load(path)
+      fates = np.load(path, allow_pickle=False)
     first = 0
     for done in result.shards:
       yield fates[first : first + done.kept]
@@ -304,7 +305,7 @@ def _write_fates(answers: tuple[int, Iterable[bytes]], job: Job) -> None:
   for data in answers[1]:
     answer = np.frombuffer(data, _FATE)
     fates[answer["document"]] = answer["fate"]
-  with store.atomic_file(job.file("fates", f"{number}.npy")) as file:
+  with files.atomic_file(job.file("fates", f"{number}.npy")) as file:
     np.save(file, fates)
 
 
@@ -461,7 +462,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _write(path: str, text: str) -> None:
-  with store.atomic_file(path) as file:
+  with files.atomic_file(path) as file:
     file.write(text.encode())
 
 
