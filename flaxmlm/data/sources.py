@@ -164,7 +164,7 @@ def read(
   """
   try:
     "".encode(encoding)
-  except LookupError:
+  except (LookupError, ValueError):
     raise InputError(
       f"data.encoding={encoding}: Python knows no such encoding;"
       " try utf-8, latin-1, utf-16 or cp1252"

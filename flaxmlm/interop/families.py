@@ -7,12 +7,12 @@ one entry in `FAMILIES`. Nothing here imports JAX: a config is read before.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
+from flaxmlm.storage import files
 
 CONFIG = "config.json"
 
@@ -308,11 +308,10 @@ def is_folder(path: str) -> bool:
   config = os.path.join(path, CONFIG)
   if not os.path.isfile(config):
     return False
-  with open(config, encoding="utf-8") as file:
-    try:
-      data = json.load(file)
-    except ValueError:
-      return False
+  try:
+    data = files.read_json(config)
+  except InputError:
+    return False
   return isinstance(data, dict) and "model_type" in data
 
 

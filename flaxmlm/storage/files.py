@@ -55,8 +55,8 @@ def read(path: str, *, most: int = MOST_BYTES) -> bytes:
   return data
 
 
-def parse_json(text: bytes | str) -> Any:
-  """Parses JSON from anybody.
+def parse_json(text: bytes | str, **options: Any) -> Any:
+  """Parses JSON from anybody; options are those of `json.loads`.
 
   Raises:
     ValueError: It isn't JSON, is nested too deeply, or has more than
@@ -66,7 +66,7 @@ def parse_json(text: bytes | str) -> Any:
   if len(text) > MOST_PARTS and sum(map(text.count, marks)) > MOST_PARTS:
     raise ValueError(f"more than {MOST_PARTS:,} objects and arrays")
   try:
-    return json.loads(text)
+    return json.loads(text, **options)
   except RecursionError:
     raise ValueError("nested too deeply") from None
 
