@@ -67,7 +67,8 @@ def test_a_part_of_a_json_config_sets_only_that(world, tmp_path):
   twin = tmp_path / "part.py"
   twin.write_text(
     broken_configs.HEAD
-    + "  c = defaults()\n  c.train.steps = 7\n  c.model.layers = 3\n  return c\n"
+    + "  c = defaults()\n  c.train.steps = 7\n  c.model.layers = 3\n"
+    + "  return c\n"
   )
   same = config.load(str(twin), ["--config.model.width=96"])
   assert config.differences(same, c) == []

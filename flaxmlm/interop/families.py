@@ -289,6 +289,15 @@ _OTHERS = {
   "scan_layers": False,
   "norm_eps": 1e-12,
 }
+# More than any model has; to draw the shapes of more would take for ever.
+_MOST = {
+  "layers": 1000,
+  "width": 1 << 17,
+  "ffn": 1 << 20,
+  "max_positions": 1 << 24,
+  "segment_types": 1 << 10,
+  "embedding_size": 1 << 17,
+}
 _MAY_BE_ZERO = ("dropout", "attention_dropout", "segment_types")
 # RoBERTa under other names.
 _SAME = {"xlm-roberta": "roberta", "camembert": "roberta"}
@@ -343,6 +352,12 @@ def read_config(
     value = options[ours]
     if not _is_usable(value, default, zero=ours in _MAY_BE_ZERO):
       raise InputError(f"{where}: {key}={value!r}, where {default!r} is usual")
+  for ours, most in _MOST.items():
+    if options[ours] is not None and options[ours] > most:
+      key = family.keys[ours][0]
+      raise InputError(
+        f"{where}: {key}={options[ours]!r}: at most {most:,} are supported"
+      )
   if options["width"] % options["heads"]:
     width, heads = (family.keys[name][0] for name in ("width", "heads"))
     raise InputError(

@@ -101,7 +101,7 @@ def is_inside(name: Any) -> bool:
   return (
     isinstance(name, str)
     and name not in ("", ".")
-    and "\0" not in name
+    and name.isprintable()
     and "\\" not in name
     and not os.path.isabs(name)
     and os.path.normpath(name) == name

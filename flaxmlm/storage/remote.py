@@ -83,6 +83,13 @@ def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
       f"{url}/{_MANIFEST}: no store can be read there ({error}); make one by"
       " python -m flaxmlm.prepare, and copy it there"
     ) from error
+  from flaxmlm.storage.files import is_inside
+
+  outside = [name for name in files if not is_inside(name)]
+  if outside:
+    raise InputError(
+      f"{url}/{_MANIFEST}: names the file {outside[0]!r}, outside of the store"
+    )
   folder = os.path.join(
     cache_folder(), "stores", hashlib.sha256(text).hexdigest()[:32]
   )
