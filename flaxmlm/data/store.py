@@ -565,6 +565,10 @@ def assemble(
   Returns:
     The manifest.
   """
+  for name in os.listdir(folder):
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):  # of an earlier try that was killed
+      os.unlink(path)
   bound = validation_bound(validation_fraction)
   held_out = HeldOut(validation_source, bound - 1)
   smallest, largest, counts = _survey(shards)
