@@ -20,7 +20,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import types
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
@@ -47,6 +55,10 @@ class Key(NamedTuple):
 # What `objective.name` may name: what hides tokens, and asks about pairs.
 TOKEN_OBJECTIVES = ("masked", "ngram", "replaced_token", "span", "whole_word")
 PAIR_OBJECTIVES = ("next_sentence", "sentence_order", "sentence_pair")
+# What JAX holds in an integer and in a float, for keys without a range.
+_MOST_INT, _MOST_FLOAT = 2**31 - 1, 3e38
+_MAX_CONFIG = 1 << 20  # bytes of a JSON config
+_LONG = 200  # characters of a value that an error shows
 _MAX_LABELS = 32  # five bits in the store's flags
 
 # fmt: off
@@ -225,6 +237,8 @@ class _Config(ConfigDict):
 
   def __setitem__(self, key: str, value: Any) -> None:
     if key in self:
+      if isinstance(value, bool) and isinstance(self[key], float):
+        raise TypeError(f"{key}={value}: wants a number")  # it would take it
       self.__dict__.setdefault("_stated", set()).add(key)
     super().__setitem__(key, value)
 
@@ -264,13 +278,20 @@ def _stated(config: ConfigDict, prefix: str = "") -> set[str]:
 
 def to_flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Returns `{"group.key": value}` of a config or of nested dicts."""
-  values: dict[str, Any] = {}
+  return dict(_flatten(config, prefix))
+
+
+def _flatten(
+  config: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+  """Yields key and value of all that is set, be it a mapping by mistake."""
   for name, value in config.items():
-    if isinstance(value, Mapping):
-      values |= to_flat(value, f"{prefix}{name}.")
+    name = f"{prefix}{name}"
+    is_group = isinstance(value, Mapping) and name not in KEYS
+    if is_group and (value or name in _groups()):
+      yield from _flatten(value, f"{name}.")
     else:
-      values[prefix + name] = value
-  return values
+      yield name, value
 
 
 def to_json(config: ConfigDict) -> str:
@@ -279,13 +300,40 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(path: str) -> ConfigDict:
-  """Reads what `to_json` wrote; raises InputError if it isn't that."""
+  """Reads what `to_json` wrote, or a part of that; no code is run.
+
+  Raises:
+    InputError: It isn't that; see `check_keys`.
+  """
+  return check_keys(_read_json(path), where=path)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+  """Returns the values that a JSON config sets, by key."""
+  from flaxmlm.storage import bounded
+
+  def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+      if name in result:
+        raise ValueError(f"it sets {_cut(name)} twice")
+      result[name] = value
+    return result
+
+  text = bounded.read(path, most=_MAX_CONFIG)
   try:
-    with open(path, encoding="utf-8") as file:
-      values = to_flat(json.load(file))
-  except (OSError, ValueError, AttributeError) as error:
+    found = bounded.parse_json(text, object_pairs_hook=once)
+    if not isinstance(found, dict):
+      raise ValueError(f"it holds no object, but {type(found).__name__}")
+    return once(_flatten(found))
+  except (ValueError, RecursionError) as error:
     raise InputError(f"{path}: not a JSON config: {error}") from error
-  return check_keys(values, where=path)
+
+
+def _groups() -> set[str]:
+  return {
+    name[:end] for name in KEYS for end in range(len(name)) if name[end] == "."
+  }
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -315,8 +363,8 @@ def _read(
   elif not os.path.isfile(path):
     raise InputError(f"--config={path}: no such file; see configs/")
   elif path.endswith(".json"):
-    values = to_flat(from_json(path))
-    stated = set(values)
+    found = _read_json(path)
+    values, stated = to_flat(check_keys(found, where=path)), set(found)
   else:
     config = _load_python(path)
     values, stated = to_flat(config), _stated(config)
@@ -339,26 +387,25 @@ def _read(
 
 def _load_python(path: str) -> ConfigDict:
   """Returns what `get_config()` in a file returns, each key checked."""
-  from absl import flags
-  from ml_collections import config_flags
-
-  values = flags.FlagValues()
-  argv = ["flaxmlm", f"--config={path}"]
-  config_flags.DEFINE_config_file(
-    "config", flag_values=values, sys_argv=argv, lock_config=True
-  )
+  # Not imported: an import would leave bytecode beside it, and take old one.
+  module = types.ModuleType("flaxmlm_config")
+  module.__file__ = path
   try:
-    values(argv)
-    config = values["config"].value
-  except Exception as error:  # a config file is code: anything can come
+    with open(path, "rb") as file:
+      code = compile(file.read(), path, "exec", dont_inherit=True)
+    exec(code, module.__dict__)  # a config is code; docs/training.md says so
+    config = module.get_config()
+    flat = to_flat(config) if isinstance(config, ConfigDict) else {}
+  except (Exception, SystemExit) as error:  # anything can come
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if f.filename.endswith(path)]
+    lines = [f.lineno for f in frames if f.filename == path]
     line = lines[-1] if lines else getattr(error, "lineno", None) or 1
-    first = (str(error) or type(error).__name__).strip().splitlines()[0]
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    first = (text.strip() or type(error).__name__).splitlines()[0]
     raise InputError(f"{path}:{line}: {first}") from error
   if not isinstance(config, ConfigDict):
     raise InputError(f"{path}: get_config() returned no ConfigDict")
-  check_keys(to_flat(config), where=path)
+  check_keys(flat, where=path)
   return config
 
 
@@ -371,7 +418,18 @@ def _key(name: str, where: str) -> Key:
     for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
   ]
   hint = f"; did you mean {near[0]}?" if near else "; see docs/config.md"
-  raise InputError(f"{where}: unknown key {name}{hint}")
+  if name in _groups():
+    hint = f": it is a group of keys, like {next(_keys_of(name))}"
+  raise InputError(f"{where}: unknown key {_cut(name)}{hint}")
+
+
+def _keys_of(group: str) -> Iterator[str]:
+  return (name for name in KEYS if name.startswith(f"{group}."))
+
+
+def _cut(text: str) -> str:
+  """Returns a text, in short if it is long: values come from anybody."""
+  return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 
 def _parse(text: str, key: Key) -> Any:
@@ -420,7 +478,8 @@ def check_keys(values: Mapping[str, Any], *, where: str) -> ConfigDict:
     try:
       checked[name] = _checked(value, key)
     except ValueError as error:
-      raise InputError(f"{where}: {name}={value!r}: {error}") from None
+      shown = _cut(repr(value))
+      raise InputError(f"{where}: {name}={shown}: {error}") from None
   return from_flat(checked)
 
 
@@ -448,17 +507,35 @@ def _checked(value: Any, key: Key) -> Any:
       numbers = (value,)
   if not good:
     raise ValueError(f"wants {_kind(key)}")
+  if key.kind in (str, "strings"):
+    for part in as_tuple(value):
+      if "\0" in part or not _is_unicode(part):
+        raise ValueError("has a character that isn't text")
   for part in as_tuple(value) if key.choices else ():
     if part not in key.choices:
       near = difflib.get_close_matches(str(part), key.choices, n=1)
       hint = f"; did you mean {near[0]}?" if near else ""
       raise ValueError(f"wants one of {', '.join(key.choices)}{hint}")
+  high = _MOST_FLOAT if key.kind in (float, "floats") else _MOST_INT
+  high = high if key.high is None else key.high
   for number in numbers:
     if key.low is not None and number < key.low:
       raise ValueError(f"must be at least {key.low}")
-    if key.high is not None and number > key.high:
-      raise ValueError(f"must be at most {key.high}")
+    if number > high:
+      raise ValueError(f"must be at most {high}")
   return value
+
+
+def _is_unicode(text: str) -> bool:
+  """Says whether a string can be written: halves of characters can't.
+
+  Python has bytes of file names that aren't UTF-8 as some of these halves.
+  """
+  try:
+    text.encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _is_number(value: Any) -> bool:
@@ -587,6 +664,14 @@ def validate(
     not c.data.weights or min(c.data.weights) > 0,
     "data.weights must be more than 0; leave a source out of data.source",
   )
+  try:
+    "".encode(c.data.encoding)
+  except (LookupError, ValueError):
+    need(
+      False,
+      f"data.encoding={c.data.encoding}: Python knows no such encoding; try"
+      " utf-8, latin-1, utf-16 or cp1252",
+    )
   if c.data.store is None and sources:
     validation = as_tuple(c.data.validation_source or ())
     for name, paths in (
@@ -791,16 +876,26 @@ def is_named(name: str, among: Collection[str]) -> bool:
   return any(name == other or name.startswith(f"{other}.") for other in among)
 
 
+class Parser(argparse.ArgumentParser):
+  """An argument parser whose errors are one line too."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises InputError with what is wrong."""
+    raise InputError(f"{message}; --help explains the arguments")
+
+
 def parser(doc: str | None, *, workdir: bool = True) -> argparse.ArgumentParser:
   """Returns the argument parser that programs start from."""
-  result = argparse.ArgumentParser(
+  result = Parser(
     description=doc,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
     epilog="--config.KEY=VALUE sets any key of docs/config.md.",
   )
   result.add_argument(
-    "--config", metavar="FILE", help="a Python file like those in configs/"
+    "--config",
+    metavar="FILE",
+    help="a Python file like those in configs/, which is run; or a JSON file",
   )
   result.add_argument(
     "--print_config",
@@ -986,11 +1081,9 @@ def _read_architecture(folder: str) -> dict[str, Any]:
       f"model.init_from={folder}: neither a run nor a Hugging Face folder (no"
       " config.json there)"
     )
-  with open(path, encoding="utf-8") as file:
-    try:
-      data = json.load(file)
-    except ValueError as error:
-      raise InputError(f"{path}: not JSON: {error}") from error
+  from flaxmlm.storage import bounded
+
+  data = bounded.read_json(path)
   if isinstance(data, dict) and "model_type" in data:
     from flaxmlm.interop.families import read_config
 

@@ -41,7 +41,7 @@ _ROWS = 8  # whose logits are compared
 
 def main(argv: list[str] | None = None) -> None:
   """Exports a workdir or a Hugging Face folder."""
-  parser = argparse.ArgumentParser(
+  parser = config.Parser(
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,

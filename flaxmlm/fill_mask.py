@@ -16,7 +16,7 @@ from flaxmlm import InputError, config, load
 
 def main(argv: list[str] | None = None) -> None:
   """Prints the likeliest tokens for each [MASK]."""
-  parser = argparse.ArgumentParser(
+  parser = config.Parser(
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaxmlm import InputError
 from flaxmlm import config as config_lib
-from flaxmlm.storage import files, lease, remote
+from flaxmlm.storage import files, hashes, lease, remote
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -145,8 +145,8 @@ def prepare_store(
   from flaxmlm.data import sources, store
   from flaxmlm.preparing import documents, shards
 
-  given = load_tokenizer(config)
-  spec = store_spec(config, given)
+  given = named = load_tokenizer(config)
+  spec = store_spec(config, named)
   # Where workers of other machines find and leave what they need.
   shared = partial = out.rstrip(os.sep) + ".partial"
   url = out if files.is_remote(out) else None
@@ -177,6 +177,13 @@ def prepare_store(
     _started(partial, spec, say=say),
     _leased(url, shared, partial) as check_lease,
   ):
+    if store.is_store(url or out):
+      # Another process finished it a moment ago.
+      for folder in (shared, partial):
+        files.remove_folder(folder)
+      made = store.open_store(url or out)
+      check_same(made.manifest["spec"], spec, url or out)
+      return made
     _check_outside(partial, shared, config)
     final = os.path.join(partial, "store")
     folder = os.path.join(final, "tokenizer")
@@ -184,6 +191,7 @@ def prepare_store(
       if given is None and progress:
         print("training the tokenizer", flush=True)
       unfinished = os.path.join(partial, "tokenizer")
+      shutil.rmtree(unfinished, ignore_errors=True)
       (given or train_tokenizer(config)).save(unfinished)
       os.rename(unfinished, folder)
     tokenizer = tokenizers.load(folder)
@@ -234,6 +242,11 @@ def prepare_store(
       choose=choose,
     )
     _check_not_empty(manifest, config)
+    changed = list(_differences(spec, store_spec(config, named)))
+    if changed:
+      raise InputError(
+        f"the text was changed while it was read: {changed[0]}; start again"
+      )
     if progress and manifest["smallest_held_out"]:
       print(
         "no document fell into data.validation_fraction="
@@ -249,6 +262,7 @@ def prepare_store(
       files.remove_folder(shared)
     else:
       os.replace(final, out)
+      files.sync_folder(os.path.dirname(os.path.abspath(out)))
     shutil.rmtree(partial, ignore_errors=True)
     finished("store")
   return store.open_store(url or out)
@@ -298,7 +312,9 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
 def store_spec(config: ConfigDict, tokenizer: Tokenizer | None) -> dict:
   """Returns what a store's bytes depend on, by config key.
 
-  Files stand there by base name and size, so that a corpus may be moved.
+  Files stand there by base name, size and sha256, so that a corpus may be
+  moved, and one that was changed is noticed. Hashes are remembered: see
+  `storage.hashes`.
   """
   names = ["text_field", "document", "encoding", "on_bad_record"]
   spec = {
@@ -324,16 +340,37 @@ def store_spec(config: ConfigDict, tokenizer: Tokenizer | None) -> dict:
 
 def check_same(old: Mapping, new: Mapping, out: str) -> None:
   """Raises InputError that lists the differences if two specs differ."""
-  different = [
-    f"{name}: {_difference(old.get(name), new.get(name))}"
-    for name in dict.fromkeys([*old, *new])
-    if old.get(name) != new.get(name)
-  ]
+  different = list(_differences(old, new))
   if different:
     raise InputError(
       f"{out}: holds the store of another config ({'; '.join(different)});"
       " use another --out or --workdir, or delete it"
     )
+
+
+def _differences(old: Mapping, new: Mapping) -> Iterator[str]:
+  """Yields `key: old -> new` for each key in which two specs differ."""
+  for name in dict.fromkeys([*old, *new]):
+    a, b = old.get(name), new.get(name)
+    if name in ("data.source", "data.validation_source"):
+      b = _as_noted(a, b)
+    if a != b:
+      yield f"{name}: {_difference(a, b)}"
+
+
+def _as_noted(old: list | None, new: list | None) -> list | None:
+  """Returns files without their sha256 where the old ones have none either.
+
+  Stores of before don't have them.
+  """
+  if old is None or new is None or len(old) != len(new):
+    return new
+  return [
+    [c[: len(f)] for c, f in zip(b, a, strict=True)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b)
+    else b
+    for a, b in zip(old, new, strict=True)
+  ]
 
 
 def summary(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -456,27 +493,41 @@ def _source_spec(source: str | tuple[str, ...] | None) -> list | None:
 
   if source is None:
     return None
-  entries = []
-  for spec in config_lib.as_tuple(source):
-    named = sources.files([spec])
-    sizes = [[os.path.basename(f), files.size_of(f)] for f in named]
-    entries.append(sizes or spec)
-  return entries
+  specs = config_lib.as_tuple(source)
+  named = [sources.files([spec]) for spec in specs]
+  here = (f for paths in named for f in paths if not files.is_remote(f))
+  digests = hashes.hash_files(dict.fromkeys(here), what="the text")
+
+  def entry(path: str) -> list:
+    # A bucket's text isn't read an extra time.
+    digest = [digests[path]] if path in digests else []
+    return [os.path.basename(path), files.size_of(path), *digest]
+
+  return [
+    [entry(path) for path in paths] or spec
+    for spec, paths in zip(specs, named, strict=True)
+  ]
 
 
 def _difference(old: Any, new: Any) -> str:
   """Returns `old -> new`, of two lists of files the first that differs."""
   if isinstance(old, list) and isinstance(new, list):
-    pairs = itertools.zip_longest(_flat(old), _flat(new), fillvalue="nothing")
-    return next((f"{a} -> {b}" for a, b in pairs if a != b), "other grouping")
+    pairs = itertools.zip_longest(_flat(old), _flat(new), fillvalue=None)
+    changed = next(((a, b) for a, b in pairs if a != b), None)
+    if changed is None:
+      return "other grouping"
+    a, b = ("nothing" if f is None else f[0] for f in changed)
+    return f"the contents of {a} have changed" if a == b else f"{a} -> {b}"
   return f"{old!r} -> {new!r}"
 
 
-def _flat(entries: list) -> list[str]:
-  """Returns one string a file or spec."""
+def _flat(entries: list) -> list[tuple[str, str]]:
+  """Returns each file or spec as what it is called, and its sha256."""
   lists = [[e] if isinstance(e, str) else e for e in entries]
   return [
-    file if isinstance(file, str) else f"{file[0]} of {file[1]} bytes"
+    (file, "")
+    if isinstance(file, str)
+    else (f"{file[0]} of {file[1]} bytes", "".join(file[2:]))
     for files in lists
     for file in files
   ]
@@ -504,7 +555,7 @@ def _started(
   partial: str, spec: Mapping, *, say: Callable[[str], None] | None
 ) -> Iterator[None]:
   """Locks the folder of unfinished work, empty unless it is of this spec."""
-  from flaxmlm.data.store import lock_file, write_atomically
+  from flaxmlm.data.store import lock_file
 
   os.makedirs(partial, exist_ok=True)
   try:
@@ -521,7 +572,10 @@ def _started(
       with open(path, "rb") as file:
         old = file.read()
     if old not in (None, text) and say:
-      say(f"{partial}: unfinished work of another config, starting over")
+      say(
+        f"{partial}: unfinished work of another config, starting over"
+        f" ({_why(old, spec)})"
+      )
     if old != text:
       for name in ("store", "shards", "tokenizer"):
         shutil.rmtree(os.path.join(partial, name), ignore_errors=True)
@@ -529,8 +583,16 @@ def _started(
       say(f"{partial}: going on with unfinished work")
     for name in ("store", "shards"):
       os.makedirs(os.path.join(partial, name), exist_ok=True)
-    write_atomically(path, text)
+    files.write(path, text)
     yield
+
+
+def _why(old: bytes, new: Mapping) -> str:
+  """Returns the first thing in which a spec that was written differs."""
+  try:
+    return next(_differences(json.loads(old), new), "another version")
+  except (ValueError, AttributeError, TypeError):
+    return "its spec.json is damaged"
 
 
 def _leased(

@@ -22,6 +22,12 @@ os.environ.setdefault(
   str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
 )
 
+# And what one has checked of a store; never in the home of who runs them.
+os.environ.setdefault(
+  "FLAXMLM_CACHE",
+  str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "flaxmlm"),
+)
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 

@@ -18,6 +18,7 @@ from conftest import ROOT, environment, lines, program
 
 import flaxmlm
 from flaxmlm import InputError, tokenizers
+from flaxmlm.data import store as store_lib
 from flaxmlm.inference import starting
 from flaxmlm.models import Inputs
 
@@ -142,8 +143,10 @@ def test_another_store_is_refused(run, tmp_path):
   shutil.copytree(run / "store", store)
   shutil.copy(run / "store.json", workdir)
   line = [*SHORT, f"--workdir={workdir}", f"--config.data.store={store}"]
-  manifest = store / "manifest.json"
-  manifest.write_text(manifest.read_text() + " ")
+  path = store / "manifest.json"
+  manifest = json.loads(path.read_text()) | {"bad_records": 1}
+  del manifest["sha256"]
+  path.write_bytes(store_lib._seal(manifest))  # good, but another one
   error = program("train", *line, code=2)
   assert f"(in {store}); take these back" in error
   assert error.endswith("--allow=store\n")

@@ -184,7 +184,7 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
     validation_fraction=0.1,
     validation_source=None,
     deduplicate=True,
-    facts={},
+    facts={"spec": {}},
   )
   made = store.open_store(str(tmp_path / "store"))
   assert made.train.ids.tolist() == ids.tolist()

@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import html
+import itertools
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -83,6 +85,20 @@ _BLOCKS = _SPACED | {
 }
 # fmt: on
 _CELLS = frozenset({"td", "th"})
+# What HTML closes by itself, or has no inside.
+_UNNESTED = frozenset({
+  "a", "area", "base", "body", "br", "col", "dd", "dt", "embed", "head", "hr",
+  "html", "img", "input", "li", "link", "meta", "option", "p", "param",
+  "source", "tbody", "td", "tfoot", "th", "thead", "tr", "track", "wbr",
+})  # fmt: skip
+_ELEMENT = re.compile(r"<(/?)([a-zA-Z][^\s/<>]*)([^<>]*)")
+_GAP = re.compile(r"[\s/]+")
+# Elements in one another, attributes of one: HTML's rules take the square of it
+# (40,000 elements 1.5 s). Browsers stop at 512.
+_MAX_DEPTH, _MAX_ATTRIBUTES = 2000, 20_000
+_HIDDEN = re.compile(
+  r"<(script|style)\b.*?(?:</\1[^<>]*>?|\Z)", re.DOTALL | re.I
+)
 # HTML's own white space: a no-break space isn't among it.
 _HTML_SPACE = re.compile(r"[ \t\n\f\r]+")
 
@@ -94,12 +110,16 @@ def html_to_text(text: str) -> str:
   and ends a line; around a paragraph, heading, list or table there is a blank
   line. Cells of a table are a space apart, `pre` keeps its lines. A text
   without a single tag keeps its line breaks; only its entities are resolved.
+  Of one that nests 2,000 elements, tags and scripts are taken out as they come.
 
   >>> html_to_text("<h1>Soup</h1><p>Salt &amp; <b>pep</b>per<br>to taste.</p>")
   'Soup\n\nSalt & pepper\nto taste.'
   """
   if not _TAG.search(text):
     return html.unescape(text) if "&" in text else text
+  if _is_tangled(text):
+    text = _HIDDEN.sub(" ", text)
+    return html.unescape(_TAG.sub(" ", text)).strip(" \n")
   from selectolax.lexbor import LexborHTMLParser
 
   parts: list[str] = []
@@ -141,6 +161,31 @@ def html_to_text(text: str) -> str:
         break
       node = node.parent
   return "".join(parts).strip(" \n")
+
+
+def _is_tangled(text: str) -> bool:
+  """Says whether a page nests too deeply, or a tag has too many attributes."""
+  if len(text) < _MAX_ATTRIBUTES and text.count("<") < _MAX_DEPTH:
+    return False
+  inside: Counter[str] = Counter()
+  depth = 0
+  for close, name, rest in _ELEMENT.findall(text):
+    if len(rest) > _MAX_ATTRIBUTES:
+      gaps = itertools.islice(_GAP.finditer(rest), _MAX_ATTRIBUTES)
+      if sum(1 for _ in gaps) == _MAX_ATTRIBUTES:
+        return True
+    name = name.lower()
+    if name in _UNNESTED:
+      continue
+    if not close:
+      inside[name] += 1
+      depth += 1
+    elif inside[name]:
+      inside[name] -= 1
+      depth -= 1
+    if depth > _MAX_DEPTH:
+      return True
+  return False
 
 
 # --- mojibake ---------------------------------------------------------------
@@ -227,10 +272,40 @@ def remove_control(text: str) -> str:
 
 
 def normalize(text: str, form: str) -> str:
-  """Returns the text in a Unicode normal form."""
+  """Returns the text in a Unicode normal form.
+
+  A run of marks (accents without a letter) is ordered a thousand at a time:
+  Python takes the square of its length.
+  """
+  if len(text) > _MANY_MARKS and not text.isascii():
+    run = _run_of_marks()
+    # Every run of twice as many is long where one of these places is in it.
+    if any(run.match(text, i) for i in range(0, len(text), _MANY_MARKS)):
+      ends = [found.end() for found in run.finditer(text)]
+      borders = itertools.pairwise([0, *ends, len(text)])
+      parts = (text[a:b] for a, b in borders)
+      return "".join(unicodedata.normalize(form, part) for part in parts)
   if unicodedata.is_normalized(form, text):
     return text
   return unicodedata.normalize(form, text)
+
+
+_MANY_MARKS = 1000
+
+
+@functools.cache
+def _run_of_marks() -> re.Pattern[str]:
+  """Returns a pattern of `_MANY_MARKS` marks, one after another."""
+  marks = [
+    c
+    for c in map(chr, range(sys.maxunicode + 1))
+    if unicodedata.combining(c)
+    or (
+      unicodedata.decomposition(c)
+      and all(map(unicodedata.combining, unicodedata.normalize("NFKD", c)))
+    )
+  ]
+  return re.compile(f"[{''.join(marks)}]{{{_MANY_MARKS}}}")
 
 
 # --- unwrap -----------------------------------------------------------------

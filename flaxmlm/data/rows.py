@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from flaxmlm import InputError
 from flaxmlm.data.store import SENTENCE_START, TokenStore
+from flaxmlm.storage import bounded, hashes
 
 SPECIALS = 2  # [CLS] and [SEP] of each piece
 _BLOCK = 1 << 18  # documents that are looked at together
 _FLAGS_BLOCK = 1 << 24  # tokens
-_VERSION = 3  # of the planner; part of a cached plan's name
+_HASHES = "sha256.json"  # of the files of a plan
+_VERSION = 4  # of the planner and its files; part of a cached plan's name
 
 
 class RowPlan(NamedTuple):
@@ -248,7 +253,7 @@ def load(
 
   A plan is made once and kept in the store's `rows/` under a name with the
   manifest's hash. Where the store can't be written to, it is made each time; so
-  is one that can't be read.
+  is one that is damaged.
 
   Args:
     store: An open store.
@@ -273,14 +278,8 @@ def load(
   names = RowPlan._fields[2:]
   if os.path.isdir(folder):
     try:
-      arrays = [
-        np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
-        for name in names
-      ]
-      # Plain views: indexing a np.memmap object costs several times as much.
-      views = (a.view(np.ndarray) for a in arrays)
-      return RowPlan(split, row_length, *views)
-    except (OSError, ValueError, EOFError) as error:
+      return RowPlan(split, row_length, *_read(folder, names))
+    except (OSError, ValueError, EOFError, KeyError) as error:
       print(f"{folder}: damaged ({error}); made again")
       shutil.rmtree(folder, ignore_errors=True)
   if kind == "sentences":
@@ -294,13 +293,38 @@ def load(
   return made
 
 
+def _read(folder: str, names: Sequence[str]) -> list[np.ndarray]:
+  """Reads the arrays of a plan that `_keep` wrote, if they are still those.
+
+  Raises:
+    ValueError, among others: They aren't.
+  """
+  wanted = bounded.read_object(os.path.join(folder, _HASHES))
+  paths = {name: os.path.join(folder, f"{name}.npy") for name in names}
+  found = hashes.hash_files(paths.values(), what=folder)
+  for name, path in paths.items():
+    if found[path] != wanted[name]:
+      raise ValueError(f"{name}.npy isn't what was written")
+  arrays = [
+    np.load(path, mmap_mode="r", allow_pickle=False) for path in paths.values()
+  ]
+  # Plain views: indexing a np.memmap object costs several times as much.
+  return [array.view(np.ndarray) for array in arrays]
+
+
 def _keep(folder: str, arrays: dict[str, np.ndarray]) -> None:
   """Writes a plan's folder; another process may do the same meanwhile."""
   os.makedirs(os.path.dirname(folder), exist_ok=True)
   partial = tempfile.mkdtemp(dir=os.path.dirname(folder))
   try:
+    digests = {}
     for name, array in arrays.items():
-      np.save(os.path.join(partial, f"{name}.npy"), array)
+      path = os.path.join(partial, f"{name}.npy")
+      np.save(path, array, allow_pickle=False)
+      with open(path, "rb") as file:
+        digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    with open(os.path.join(partial, _HASHES), "w", encoding="utf-8") as file:
+      json.dump(digests, file)
     os.chmod(partial, 0o755)
     os.rename(partial, folder)
   finally:

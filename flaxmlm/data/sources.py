@@ -12,8 +12,11 @@ A source is written as one string, a spec:
   has prepared in a random-access format; the split is `train` by default and
   may be a slice (`tfds:wiki40b/en:train[:10%]`). TensorFlow isn't needed.
 
-Everything streams: what is in memory is one document (or one batch of Parquet
-rows), whatever the size of the file.
+Everything streams: what is in memory is one document (or a few Parquet rows),
+whatever the size of the file. A document has at most 16,777,216 characters, a
+line with its field names and escapes 67,108,864, and an archive unpacks to at
+most 128 times its own size, or 32 MiB: what is larger is damage, or made to
+fill a memory.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ import gzip
 import inspect
 import io
 import itertools
-import json
 import lzma
 import numbers
 import os
@@ -41,6 +43,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded
 from flaxmlm.storage import files as storage
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -48,11 +51,21 @@ ARCHIVES = (".gz", ".bz2", ".xz", ".zst")
 
 # What an archive that is cut short or damaged raises while it is read.
 _DAMAGE = (EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError)
+# ... and where its head asks for more memory than there is.
+_DAMAGE += (MemoryError,)
 # Bytes that could not be decoded, as the handler "surrogateescape" leaves them.
 _UNDECODED = re.compile("[\udc80-\udcff]")
 # The longest csv field: an opening quote that is never closed would otherwise
 # pull the rest of the file into memory.
 _MAX_FIELD = 1 << 26
+# Characters of a document, and of a line that it stands in: no novel has as
+# many, escaped as JSON neither.
+_MAX_TEXT = 1 << 24
+_MAX_LINE = 1 << 26
+_SPLIT = "set data.document=paragraph or line, or cut it"
+# What an archive may unpack to: 128 times its size. Text packs to a tenth.
+_UNPACKED_RATIO = 128
+_UNPACKED_LEAST = 1 << 25
 
 # Called with where a bad record is, what is wrong, and what helps. Raises, or
 # counts and returns.
@@ -166,7 +179,7 @@ def read(
   """
   try:
     "".encode(encoding)
-  except LookupError:
+  except (LookupError, ValueError):
     raise InputError(
       f"data.encoding={encoding}: Python knows no such encoding;"
       " try utf-8, latin-1, utf-16 or cp1252"
@@ -324,9 +337,14 @@ def _file(
         yield path, (text,)
     elif kind == ".txt":
       lines = _lines(path, encoding)
-      blocks = _paragraphs(lines) if document == "paragraph" else lines
+      blocks = lines
+      if document == "paragraph":
+        blocks = _paragraphs(lines, path)
       for number, text in _decoded(path, encoding, blocks, report):
-        if text.strip():
+        if len(text) > _MAX_TEXT:
+          what = f"a document of more than {_MAX_TEXT:,} characters"
+          report(f"{path}:{number}", what, "cut it")
+        elif text.strip():
           yield f"{path}:{number}", (text,)
     elif kind in (".csv", ".tsv"):
       yield from _table(path, fields, encoding, kind, report)
@@ -344,15 +362,42 @@ def _open(path: str) -> io.BufferedIOBase:
   file = storage.open_reader(path)
   match _ending(path)[1]:
     case ".gz":
-      return gzip.open(file)
+      unpacked: Any = gzip.open(file)  # noqa: SIM115
     case ".bz2":
-      return bz2.open(file)
+      unpacked = bz2.open(file)  # noqa: SIM115
     case ".xz":
-      return lzma.open(file)
+      unpacked = lzma.open(file)  # noqa: SIM115
     case ".zst":
-      return io.BufferedReader(_Zstandard(file), 1 << 17)
+      unpacked = _Zstandard(file)
     case _:
       return file
+  return io.BufferedReader(_Bounded(path, unpacked, file), 1 << 17)
+
+
+class _Bounded(io.RawIOBase):
+  """What an archive unpacks to, as long as that is in proportion."""
+
+  def __init__(self, path: str, unpacked: Any, packed: io.IOBase):
+    self._file, self._packed = unpacked, packed
+    size = storage.size_of(path)
+    self._left = max(_UNPACKED_RATIO * size, _UNPACKED_LEAST)
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview | bytearray) -> int:
+    count = self._file.readinto(buffer)
+    self._left -= count
+    if self._left < 0:
+      ratio = _UNPACKED_RATIO
+      raise EOFError(f"it unpacks to more than {ratio} times its size")
+    return count
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+      self._packed.close()
+    super().close()
 
 
 class _Zstandard(io.RawIOBase):
@@ -416,7 +461,12 @@ def _lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
   number = 0
   try:
     with _text(path, encoding) as file:
-      for number, line in enumerate(file, 1):
+      read_line = file.readline
+      while line := read_line(_MAX_LINE + 1):
+        if len(line) > _MAX_LINE:
+          what = f"a line of more than {_MAX_LINE:,} characters"
+          raise _Damage(f"{path}:{number + 1}", what, "cut it")
+        number += 1
         if number == 1:
           line = line.removeprefix("\ufeff")
         yield number, line.removesuffix("\n")
@@ -428,7 +478,10 @@ def _whole(path: str, encoding: str) -> Iterator[tuple[int, str]]:
   """Yields the text of a whole file, as line 1; raises as `_lines`."""
   try:
     with _text(path, encoding) as file:
-      text = file.read()
+      text = file.read(_MAX_TEXT + 1)
+      if len(text) > _MAX_TEXT:
+        what = f"a document of more than {_MAX_TEXT:,} characters"
+        raise _Damage(path, what, _SPLIT)
   except _DAMAGE as error:
     raise _damage(path, path, encoding, error) from None
   yield 1, text.removeprefix("\ufeff")
@@ -470,15 +523,20 @@ def _decoded(
 
 
 def _paragraphs(
-  lines: Iterable[tuple[int, str]],
+  lines: Iterable[tuple[int, str]], path: str
 ) -> Iterator[tuple[int, str]]:
   """Yields the first line's number and the text of each block of lines."""
-  start = 0
+  start = size = 0
   block: list[str] = []
   for number, line in lines:
     if line and not line.isspace():
-      start = start if block else number
+      if not block:
+        start, size = number, 0
       block.append(line)
+      size += len(line)
+      if size > _MAX_TEXT:
+        what = f"a paragraph of more than {_MAX_TEXT:,} characters"
+        raise _Damage(f"{path}:{start}", what, "cut it, or see data.document")
     elif block:
       yield start, "\n".join(block)
       block = []
@@ -495,8 +553,8 @@ def _objects(
       continue
     where = f"{path}:{number}"
     try:
-      record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+      record = bounded.parse_json(line)
+    except ValueError as error:
       report(where, f"broken JSON ({error})", "write one object a line")
       continue
     if isinstance(record, dict):
@@ -520,6 +578,10 @@ def _strings(
       value = str(value)
     if not isinstance(value, str):
       _report_field(value, field, names, where, report, key)
+      return None
+    if len(value) > _MAX_TEXT:
+      what = f"field {field!r} has more than {_MAX_TEXT:,} characters"
+      report(where, what, "cut it")
       return None
     result.append(value)
   return tuple(result)
@@ -567,14 +629,25 @@ def _table(
 ) -> Iterator[_Record]:
   """Yields the fields of a .csv or .tsv file; its first row is the header."""
   csv.field_size_limit(_MAX_FIELD)
-  lines = (line + "\n" for _, line in _lines(path, encoding))
+  number = size = 0
+
+  def read_lines() -> Iterator[str]:
+    nonlocal size
+    for _, line in _lines(path, encoding):
+      size += len(line)
+      if size > 2 * _MAX_LINE:
+        what = f"a row of more than {2 * _MAX_LINE:,} characters"
+        raise _Damage(f"{path}:{number}", what, "mend its quotes")
+      yield line + "\n"
+
+  lines = read_lines()
   if kind == ".tsv":
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
   else:
     rows = csv.reader(lines, strict=True)
   header: list[str] = []
   while True:
-    number = rows.line_num + 1
+    number, size = rows.line_num + 1, 0
     where = f"{path}:{number}"
     try:
       row = next(rows)
@@ -594,9 +667,15 @@ def _table(
       what = f"{len(row)} fields in a table of {len(header)} columns"
       report(where, what, "mend the row")
     else:
-      values = tuple(row[column] for column in columns)
+      values = [row[column] for column in columns]
       for _ in _decoded(path, encoding, [(number, "".join(values))], report):
-        yield where, values
+        if found := _strings(values, fields, header, where, report):
+          yield where, found
+
+
+# Rows that are in memory at once. A value of a dictionary is a few bits in the
+# file and as long as it is in memory; more rows at once aren't faster.
+_PARQUET_BATCH = 8
 
 
 def _parquet(
@@ -614,7 +693,7 @@ def _parquet(
       if not _has_columns(fields, schema.names, path, report):
         return
       for batch in table.iter_batches(
-        256, columns=list(fields), use_threads=False
+        _PARQUET_BATCH, columns=list(fields), use_threads=False
       ):
         names = batch.schema.names
         columns = [batch.column(names.index(field)) for field in fields]

@@ -28,6 +28,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
@@ -35,9 +36,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded, hashes, remote
 from flaxmlm.storage import files as storage
-from flaxmlm.storage import remote
-from flaxmlm.storage.files import atomic_file
 
 WORD_START = 1
 SENTENCE_START = 2
@@ -49,8 +49,21 @@ SPLITS = ("train", "validation")
 FORMAT = 1
 MANIFEST = "manifest.json"
 
+# What a manifest may say.
+_ENTRIES = {
+  *("format", "spec", "tokenizer", "bytes", "bad_records", "dtype", "vocab"),
+  *("documents", "cleaned", "splits", "smallest_held_out", "unknown_tokens"),
+  *("files", "sha256"),
+}
+_SEAL = b',\n  "sha256": "'  # before the manifest's own, its last entry
+_MANIFEST_BYTES = 1 << 30  # it has a line a source file
+
 # What becomes of a document.
 KEPT, DUPLICATE, IN_VALIDATION = range(3)
+
+# What a shard raises that isn't whole.
+_BROKEN = (OSError, ValueError, KeyError, EOFError, TypeError)
+_BROKEN += (AttributeError, zipfile.BadZipFile, zlib.error)
 
 _FINGERPRINTS = 1 << 19  # sorted at a time, so that memory is bounded
 
@@ -119,38 +132,43 @@ def id_dtype(vocab_size: int) -> np.dtype:
   return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def open_store(folder: str) -> TokenStore:
-  """Opens a store; nothing but its manifest and counts is read into memory.
+def open_store(
+  folder: str, *, say: Callable[[str], None] = print
+) -> TokenStore:
+  """Opens a store, its files as the manifest says; only counts are in memory.
+
+  At the first use every file is read: its sha256 is the manifest's, every id is
+  in the vocabulary, documents begin one after another. That is remembered by
+  size and times of the file, outside of the store, so that it may be read-only.
 
   One in a bucket is copied here first, see `remote.fetch`.
 
+  Args:
+    folder: The store.
+    say: Is told how far the check is, if it takes long.
+
   Raises:
     InputError: There is no store, it is of another version, or a file is
-      missing or of the wrong size.
+      missing, of the wrong size, or not what the manifest says.
   """
   if remote.is_remote(folder):
     folder = remote.fetch(folder)
   manifest, digest = read_manifest(folder)
   for name, facts in manifest["files"].items():
     file = os.path.join(folder, name)
-    size = os.path.getsize(file) if os.path.exists(file) else None
+    size = os.path.getsize(file) if os.path.isfile(file) else None
     if size != facts["bytes"]:
       found = "missing" if size is None else f"{size} bytes"
       raise InputError(
-        f"{file}: {found}, should be {facts['bytes']} bytes; delete {folder}"
-        " and prepare it again"
+        f"{file}: {found}, should be {facts['bytes']} bytes; {_again(folder)}"
       )
-  dtypes = {
-    "ids": np.dtype(manifest["dtype"]),
-    "flags": np.dtype("u1"),
-    "offsets": np.dtype("<i8"),
-    "sources": np.dtype("<u2"),
-  }
+  _check_files(folder, manifest, digest, remember=True, say=say)
+  dtypes = _dtypes(manifest)
   splits = [
     Split(
       **{
-        field: _map(os.path.join(folder, split, f"{field}.bin"), dtype)
-        for field, dtype in dtypes.items()
+        field: _map(os.path.join(folder, split, f"{field}.bin"), dtypes[field])
+        for field in Split._fields
       }
     )
     for split in SPLITS
@@ -177,42 +195,188 @@ def read_manifest(folder: str) -> tuple[dict[str, Any], str]:
   """Returns a store's manifest and the sha256 of its file.
 
   Raises:
-    InputError: There is no store, or it is of another version.
+    InputError: There is no store, it is of another version, or its manifest is
+      damaged.
   """
   path = os.path.join(folder, MANIFEST)
-  try:
-    with open(path, "rb") as file:
-      text = file.read()
-    manifest = json.loads(text)
-    version, _ = manifest["format"], manifest["files"]
-  except OSError as error:
+  if not os.path.exists(path):
     raise InputError(
-      f"{path}: {error.strerror}; make a store by"
+      f"{path}: no such file; make a store by"
       f" python -m flaxmlm.prepare --out={folder}"
-    ) from error
+    )
+  text = bounded.read(path, most=_MANIFEST_BYTES)
+  try:
+    manifest = bounded.parse_json(text)
+    version, _ = manifest["format"], manifest["files"]
   except (ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{path}: not the manifest of a store") from error
+    raise InputError(
+      f"{path}: not the manifest of a store ({error}); {_again(folder)}"
+    ) from error
   if version != FORMAT:
     raise InputError(
       f"{path}: store format {version}, this version reads {FORMAT}; make it"
       " again by python -m flaxmlm.prepare"
     )
+  try:
+    _check_manifest(manifest, text)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(f"{path}: damaged ({error}); {_again(folder)}") from error
   return manifest, hashlib.sha256(text).hexdigest()
 
 
-def verify(store: TokenStore) -> None:
-  """Reads every file and compares its sha256 with the manifest's.
+def verify(store: TokenStore, *, say: Callable[[str], None] = print) -> None:
+  """Reads every file, whatever is remembered of it, and checks it.
 
   Raises:
     InputError: A file has changed since the store was made.
   """
-  for name, facts in store.manifest["files"].items():
-    path = os.path.join(store.folder, name)
-    if _sha256(path) != facts["sha256"]:
+  _check_files(
+    store.folder, store.manifest, store.hash, remember=False, say=say
+  )
+
+
+def _again(folder: str) -> str:
+  return f"delete {folder} and prepare it again, or copy it here once more"
+
+
+def _seal(manifest: Mapping[str, Any]) -> bytes:
+  """Returns a manifest's text, with a sha256 of itself at its end."""
+  text = json.dumps(manifest, indent=2, ensure_ascii=False)
+  head = text.removesuffix("\n}").encode()
+  return head + _SEAL + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
+
+
+def _check_manifest(manifest: Mapping[str, Any], text: bytes) -> None:
+  """Raises ValueError, or what a wrong type gives, at what isn't right."""
+
+  def need(condition: bool, what: str) -> None:
+    if not condition:
+      raise ValueError(what)
+
+  unknown = set(manifest) - _ENTRIES
+  need(not unknown, f"has {', '.join(sorted(unknown))}")
+  head, seal, digest = text.rpartition(_SEAL)
+  if "sha256" in manifest or seal:  # stores of before have none
+    right = hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
+    need(digest == right, "its own sha256 isn't right")
+  vocab, files = manifest["vocab"], manifest["files"]
+  size = vocab["size"]
+  need(type(size) is int and 0 < size < 2**31, f"a vocabulary of {size!r}")
+  ids = [vocab[name] for name in ("pad", "unk", "cls", "sep", "mask")]
+  for i in (*ids, *vocab.get("others", ())):
+    need(type(i) is int and 0 <= i < size, f"special id {i!r} of {size}")
+  dtype = id_dtype(size)
+  need(manifest["dtype"] == dtype.str, f"dtype {manifest['dtype']!r}")
+  need(isinstance(manifest["spec"], dict), "no spec")
+  for name, facts in files.items():
+    need(storage.is_inside(name), f"names {name!r}")
+    wanted = {"bytes": int, "sha256": str}
+    kinds = {entry: type(value) for entry, value in facts.items()}
+    need(kinds == wanted and facts["bytes"] >= 0, f"says {facts} of {name}")
+  items = {"counts.bin": (size, 8)}
+  for split in SPLITS:
+    tokens, documents = (
+      manifest["splits"][split][name] for name in ("tokens", "documents")
+    )
+    items[f"{split}/ids.bin"] = tokens, dtype.itemsize
+    items[f"{split}/flags.bin"] = tokens, 1
+    items[f"{split}/offsets.bin"] = documents + 1, 8
+    items[f"{split}/sources.bin"] = documents, 2
+  for name, (count, itemsize) in items.items():
+    need(name in files, f"has no {name}")
+    found = files[name]["bytes"]
+    need(found == count * itemsize, f"{found} bytes of {name}, not {count}")
+
+
+def _check_files(
+  folder: str,
+  manifest: Mapping[str, Any],
+  digest: str,
+  *,
+  remember: bool,
+  say: Callable[[str], None],
+) -> None:
+  """Raises InputError for a file that isn't what the manifest says."""
+  names = {os.path.join(folder, name): name for name in manifest["files"]}
+  dtypes, size = _dtypes(manifest), manifest["vocab"]["size"]
+  looks = {}
+  for split in SPLITS:
+    figures = manifest["splits"][split]
+    offsets = _look_at_order(
+      dtypes["offsets"],
+      first=0,
+      last=figures["tokens"],
+      count=figures["documents"] + 1,
+    )
+    for field, look in (
+      ("ids", _look_at_ids(dtypes["ids"], size)),
+      ("offsets", offsets),
+      ("sources", _look_at_order(dtypes["sources"], first=0)),
+    ):
+      looks[os.path.join(folder, split, f"{field}.bin")] = look
+  found = hashes.hash_files(
+    names,
+    looks=looks,
+    context=digest,
+    remember=remember,
+    what=folder,
+    say=say,
+  )
+  for path, name in names.items():
+    if found[path] != manifest["files"][name]["sha256"]:
       raise InputError(
-        f"{path}: its sha256 isn't the manifest's, the file is damaged; delete"
-        f" {store.folder} and prepare it again"
+        f"{path}: its sha256 isn't the manifest's, the file is damaged or"
+        f" another one; {_again(folder)}"
       )
+
+
+def _look_at_ids(dtype: np.dtype, size: int) -> hashes.Look:
+  """Returns what looks for an id that isn't in the vocabulary."""
+
+  def look(chunk: memoryview) -> str | None:
+    most = int(np.frombuffer(chunk, dtype).max())
+    if most < size:
+      return None
+    return f"has the id {most}, and the vocabulary {size} tokens"
+
+  return look
+
+
+def _look_at_order(
+  dtype: np.dtype, *, first: int, last: int | None = None, count: int = 0
+) -> hashes.Look:
+  """Returns what looks whether numbers ascend.
+
+  Args:
+    dtype: Theirs.
+    first: The least that they begin with.
+    last: What the last of `count` numbers is; None: anything.
+    count: How many there are.
+  """
+  before, seen = first, 0
+
+  def look(chunk: memoryview) -> str | None:
+    nonlocal before, seen
+    numbers = np.frombuffer(chunk, dtype)
+    good = numbers[0] >= before and (numbers[1:] >= numbers[:-1]).all()
+    before, seen = int(numbers[-1]), seen + len(numbers)
+    if last is not None:
+      good = good and before <= last and (seen < count or before == last)
+      good = good and (seen > len(numbers) or numbers[0] == first)
+    end = "" if last is None else f" from {first} to {last}"
+    return None if good else f"its numbers don't ascend{end}"
+
+  return look
+
+
+def _dtypes(manifest: Mapping[str, Any]) -> dict[str, np.dtype]:
+  """Returns the dtype of each field of a split."""
+  return {
+    "ids": np.dtype(manifest["dtype"]),
+    "flags": np.dtype("u1"),
+    "offsets": np.dtype("<i8"),
+    "sources": np.dtype("<u2"),
+  }
 
 
 def validation_bound(fraction: float) -> int:
@@ -222,13 +386,6 @@ def validation_bound(fraction: float) -> int:
     fraction: Share of the documents, under 1.
   """
   return int(fraction * 2.0**64)
-
-
-def write_atomically(path: str, data: bytes) -> None:
-  """Writes a file that is there whole or not at all."""
-  with open(f"{path}.tmp", "wb") as file:
-    file.write(data)
-  os.replace(f"{path}.tmp", path)
 
 
 def lock_file(path: str) -> IO[bytes]:
@@ -257,22 +414,36 @@ def save_shard(path: str, shard: Shard, key: str) -> None:
   """Writes a shard, whole or not at all; `key` names what it was made of."""
   meta = json.dumps({"key": key, "counts": shard.counts})
   arrays = shard._asdict() | {"counts": np.frombuffer(meta.encode(), np.uint8)}
-  with atomic_file(path) as file:
+  with storage.atomic_file(path) as file:
     np.savez(file, **arrays)
 
 
 def _open_shard(path: str) -> Any:
   if storage.is_remote(path):
-    return np.load(io.BytesIO(storage.read(path)))
-  return np.load(path)
+    return np.load(io.BytesIO(storage.read(path)), allow_pickle=False)
+  return np.load(path, allow_pickle=False)
 
 
 def load_shard(path: str) -> Shard:
-  """Reads what `save_shard` wrote."""
-  with _open_shard(path) as arrays:
-    values = {name: arrays[name] for name in Shard._fields}
-  meta = json.loads(values["counts"].tobytes())
-  return Shard(**values | {"counts": Counter(meta["counts"])})
+  """Reads what `save_shard` wrote.
+
+  Raises:
+    InputError: It isn't that any more; it is removed, to be made again.
+    BucketError: The bucket doesn't answer.
+  """
+  try:
+    with _open_shard(path) as arrays:
+      values = {name: arrays[name] for name in Shard._fields}
+    meta = json.loads(values["counts"].tobytes())
+    return Shard(**values | {"counts": Counter(meta["counts"])})
+  except storage.BucketError:
+    raise
+  except _BROKEN as error:
+    with contextlib.suppress(OSError):
+      storage.remove(path)
+    raise InputError(
+      f"{path}: damaged ({error}); start again, it is made once more"
+    ) from error
 
 
 def shard_size(path: str, key: str) -> tuple[int, int] | None:
@@ -282,7 +453,7 @@ def shard_size(path: str, key: str) -> tuple[int, int] | None:
       meta = json.loads(arrays["counts"].tobytes())
       lengths = arrays["lengths"]
       return (len(lengths), int(lengths.sum())) if meta["key"] == key else None
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+  except _BROKEN:
     return None
 
 
@@ -415,6 +586,10 @@ def assemble(
   Returns:
     The manifest.
   """
+  for name in os.listdir(folder):
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):  # of an earlier try that was killed
+      os.unlink(path)
   bound = validation_bound(validation_fraction)
   held_out = HeldOut(validation_source, bound - 1)
   smallest, largest, counts = _survey(shards)
@@ -439,6 +614,7 @@ def assemble(
     name = f"tokenizer/{name}"
     path = os.path.join(folder, name)
     files[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+    storage.sync_file(path)
   manifest = {
     "format": FORMAT,
     **facts,
@@ -459,8 +635,10 @@ def assemble(
     "unknown_tokens": int(unigrams["all"][vocab["unk"]]),
     "files": files,
   }
-  text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-  write_atomically(os.path.join(folder, MANIFEST), text.encode())
+  for inner in (*SPLITS, "tokenizer"):
+    storage.sync_folder(os.path.join(folder, inner))
+  # All that it names is on the disk by now.
+  storage.write(os.path.join(folder, MANIFEST), _seal(manifest), sync=True)
   return manifest
 
 
@@ -549,6 +727,8 @@ class _Writer:
 
   def close(self) -> dict[str, Any]:
     size = self._file.tell()
+    self._file.flush()
+    os.fsync(self._file.fileno())
     self._file.close()
     return {"bytes": size, "sha256": self._hash.hexdigest()}
 

@@ -7,12 +7,12 @@ one entry in `FAMILIES`. Nothing here imports JAX: a config is read before.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded
 
 CONFIG = "config.json"
 
@@ -289,6 +289,15 @@ _OTHERS = {
   "scan_layers": False,
   "norm_eps": 1e-12,
 }
+# More than any model has; to draw the shapes of more would take for ever.
+_MOST = {
+  "layers": 1000,
+  "width": 1 << 17,
+  "ffn": 1 << 20,
+  "max_positions": 1 << 24,
+  "segment_types": 1 << 10,
+  "embedding_size": 1 << 17,
+}
 _MAY_BE_ZERO = ("dropout", "attention_dropout", "segment_types")
 # RoBERTa under other names.
 _SAME = {"xlm-roberta": "roberta", "camembert": "roberta"}
@@ -308,11 +317,10 @@ def is_folder(path: str) -> bool:
   config = os.path.join(path, CONFIG)
   if not os.path.isfile(config):
     return False
-  with open(config, encoding="utf-8") as file:
-    try:
-      data = json.load(file)
-    except ValueError:
-      return False
+  try:
+    data = bounded.read_json(config)
+  except InputError:
+    return False
   return isinstance(data, dict) and "model_type" in data
 
 
@@ -344,6 +352,12 @@ def read_config(
     value = options[ours]
     if not _is_usable(value, default, zero=ours in _MAY_BE_ZERO):
       raise InputError(f"{where}: {key}={value!r}, where {default!r} is usual")
+  for ours, most in _MOST.items():
+    if options[ours] is not None and options[ours] > most:
+      key = family.keys[ours][0]
+      raise InputError(
+        f"{where}: {key}={options[ours]!r}: at most {most:,} are supported"
+      )
   if options["width"] % options["heads"]:
     width, heads = (family.keys[name][0] for name in ("width", "heads"))
     raise InputError(

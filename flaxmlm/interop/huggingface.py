@@ -22,6 +22,7 @@ from flaxmlm.interop.families import (
 from flaxmlm.interop.families import is_folder as is_folder
 from flaxmlm.models import Model
 from flaxmlm.models.model import Params
+from flaxmlm.storage import bounded, files
 
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -71,15 +72,24 @@ def load(path: str, *, dtype: str = "float32") -> Folder:
     InputError: An architecture or an option that we don't have, a tensor that
       is missing or has another shape, or weights in a pickle.
   """
-  with open(os.path.join(path, CONFIG), encoding="utf-8") as file:
-    theirs = json.load(file)
+  theirs = bounded.read_object(os.path.join(path, CONFIG))
   family, options = read_config(theirs, path)
-  vocab_size = theirs.get("vocab_size") or _no_key(path, "vocab_size")
+  vocab_size = theirs.get("vocab_size")
+  if type(vocab_size) is not int or not 0 < vocab_size < 2**31:
+    raise InputError(
+      f"{os.path.join(path, CONFIG)}: vocab_size={vocab_size!r}: wants the"
+      " number of tokens"
+    )
   model = models.build(options, vocab_size=vocab_size, dtype=dtype)
   heads = heads_of(options["family"])
   shapes = jax.eval_shape(lambda key: model.init(key, heads), jax.random.key(0))
   tensors = read_tensors(path)
   pad = theirs.get("pad_token_id", 1 if options["family"] == "roberta" else 0)
+  if pad is not None and not (type(pad) is int and 0 <= pad < vocab_size):
+    raise InputError(
+      f"{os.path.join(path, CONFIG)}: pad_token_id={pad!r} isn't one of"
+      f" {vocab_size} tokens"
+    )
   params, used = _take(tensors, shapes, family, options, path, pad or 0)
   if options["tie_word_embeddings"] and "mlm" in params:
     _check_tied(tensors, params, family, path)
@@ -87,10 +97,6 @@ def load(path: str, *, dtype: str = "float32") -> Folder:
     name for name in tensors if name not in used and not name.endswith(_BUFFERS)
   ]
   return Folder(options, vocab_size, pad or 0, model, params, sorted(left))
-
-
-def _no_key(path: str, key: str) -> int:
-  raise InputError(f"{os.path.join(path, CONFIG)}: no {key}")
 
 
 class _Tensors(Mapping[str, np.ndarray]):
@@ -138,8 +144,10 @@ def read_tensors(path: str) -> Mapping[str, np.ndarray]:
   whole = os.path.join(path, WEIGHTS)
   try:
     if os.path.isfile(index):
-      with open(index, encoding="utf-8") as file:
-        parts = json.load(file)["weight_map"]
+      parts = dict(bounded.read_object(index)["weight_map"])
+      for file in set(parts.values()):
+        if not files.is_inside(file):
+          raise ValueError(f"{INDEX} names {file!r}")
       return _Tensors({n: os.path.join(path, f) for n, f in parts.items()})
     if os.path.isfile(whole):
       with safe_open(whole, framework="flax") as file:
@@ -214,7 +222,7 @@ def _take(
       raise InputError(f"{path}: no tensor {name}, of model.{ours}")
     used.add(found)
     value = tensors[found]
-    if value.shape[0] % parts:
+    if not value.ndim or value.shape[0] % parts:
       raise InputError(f"{path}: {found} of {value.shape} isn't {parts} parts")
     value = np.split(value, parts)[part]
     value = value.T if ours.endswith("kernel") else value

@@ -215,7 +215,7 @@ def choose(
   for result in results:
     fates = np.zeros(0, np.uint8)
     if any(done.kept for done in result.shards):
-      fates = np.load(io.BytesIO(next(found)))
+      fates = np.load(io.BytesIO(next(found)), allow_pickle=False)
     first = 0
     for done in result.shards:
       yield fates[first : first + done.kept]

@@ -36,6 +36,19 @@ def is_remote(path: str) -> bool:
   return "://" in path
 
 
+def is_inside(name: Any) -> bool:
+  """Says whether a name from a file stays in the folder that it is of."""
+  return (
+    isinstance(name, str)
+    and name not in ("", ".")
+    and name.isprintable()
+    and "\\" not in name
+    and not os.path.isabs(name)
+    and os.path.normpath(name) == name
+    and not name.startswith("..")
+  )
+
+
 @functools.cache
 def system(protocol: str) -> Any:
   """Returns fsspec's file system, one that remembers no listing.
@@ -117,21 +130,26 @@ def read_many(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     yield from ((path, data) for path, data in pairs if type(data) is bytes)
 
 
-def write(path: str, data: bytes) -> None:
-  """Writes a file that is there whole or not at all, whoever writes it too."""
+def write(path: str, data: bytes, *, sync: bool = False) -> None:
+  """Writes a file that is there whole or not at all; see `atomic_file`."""
   if is_remote(path):
     with opened(path) as (fs, name):
       fs.pipe_file(name, data)
     return
-  with atomic_file(path) as file:
+  with atomic_file(path, sync=sync) as file:
     file.write(data)
 
 
 @contextlib.contextmanager
-def atomic_file(path: str) -> Iterator[IO[bytes]]:
+def atomic_file(path: str, *, sync: bool = False) -> Iterator[IO[bytes]]:
   """Opens a file to be there whole or not at all, whoever writes it too.
 
   One of a bucket is kept in memory until it is closed.
+
+  Args:
+    path: Its name; here the file has another one until it is whole.
+    sync: Whether it is on the disk, with its name, when this returns: a power
+      cut then leaves it whole too. A bucket has what it has confirmed.
   """
   if is_remote(path):
     buffer = io.BytesIO()
@@ -140,12 +158,33 @@ def atomic_file(path: str) -> Iterator[IO[bytes]]:
     return
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"
   try:
-    with open(temporary, "wb") as file:
+    with open(temporary, "xb") as file:
       yield file
+      if sync:
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    if sync:
+      sync_folder(os.path.dirname(path))
   finally:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
+
+
+def sync_file(path: str) -> None:
+  """Has the disk keep what stands in a file."""
+  with open(path, "rb") as file:
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: str) -> None:
+  """Has the disk keep the names in a folder, where it can."""
+  with contextlib.suppress(OSError):  # not every file system knows it
+    number = os.open(folder or ".", os.O_RDONLY)
+    try:
+      os.fsync(number)
+    finally:
+      os.close(number)
 
 
 def exists(path: str) -> bool:

@@ -66,6 +66,11 @@ def fetch(url: str, *, say: Callable[[str], None] = print) -> str:
       f"{url}/{_MANIFEST}: no store can be read there ({error}); make one by"
       " python -m flaxmlm.prepare, and copy it there"
     ) from error
+  outside = [name for name in parts if not files.is_inside(name)]
+  if outside:
+    raise InputError(
+      f"{url}/{_MANIFEST}: names the file {outside[0]!r}, outside of the store"
+    )
   folder = _folder_of(text)
   os.makedirs(folder, exist_ok=True)
 

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded
 from flaxmlm.tokenizers.flags import SENTENCE_START, WORD_START
 from flaxmlm.tokenizers.vocab import (
   Encoded,
   Settings,
   Tokenizer,
   Vocab,
-  read_file,
   read_settings,
 )
 
@@ -79,14 +79,16 @@ def load(
   if words is not None:
     settings = settings._replace(words=words)
   if settings.words not in WORDS:
+    place = f"{path}: " if words is None else ""
     raise InputError(
-      f"tokenizer.words={settings.words!r}: wants one of {', '.join(WORDS)}"
+      f"{place}tokenizer.words={settings.words!r}: wants one of"
+      f" {', '.join(WORDS)}"
     )
   if not where.endswith((".json", ".model", "vocab.txt")):
     raise InputError(
       f"tokenizer.path={path}: wants {_FORMS}, or a folder of it"
     )
-  data = read_file(where)
+  data = bounded.read(where)
   if saved is not None:
     as_saved = _build(where, data, None, settings, None)
     if lowercase is None or (lowercase and _lower_cases(as_saved)):
@@ -176,7 +178,7 @@ def _build(
   merges = hugging_face.get_merges_path(where)
   return hugging_face.from_byte_bpe(
     read(data, where),
-    read_file(merges),
+    bounded.read(merges),
     settings=settings,
     where=where,
     merges_where=merges,

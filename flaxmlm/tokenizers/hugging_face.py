@@ -28,6 +28,7 @@ from tokenizers import (
 )
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded
 from flaxmlm.tokenizers import flags as token_flags
 from flaxmlm.tokenizers.flags import WORD_START
 from flaxmlm.tokenizers.sampling import common_characters
@@ -44,6 +45,7 @@ from flaxmlm.tokenizers.vocab import (
   split_at_masks,
 )
 
+_MOST_IDS = 1 << 24
 _ANCHOR = "\ue000"  # see sentence_piece
 
 
@@ -266,14 +268,20 @@ def from_json(
     InputError: It is not a tokenizer.json, or a token gets another id.
   """
   try:
-    spec = json.loads(data)
+    spec = bounded.parse_json(data)
     marked = {name for names in SPECIAL_NAMES.values() for name in names}
     marked |= {*settings.specials}
     for token in spec.get("added_tokens") or ():
       token["special"] = token["special"] or token["content"] in marked
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
     style = _find_style(spec)
-  except Exception as error:  # the library raises bare Exception
+    highest = max(model.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= highest < _MOST_IDS:
+      raise ValueError(f"its ids go up to {highest}")
+  except BaseException as error:
+    # The library raises bare Exception, and where it panics not even that.
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+      raise
     raise InputError(f"{where}: not a tokenizer.json: {error}") from error
   model.no_padding()
   model.no_truncation()
@@ -423,7 +431,7 @@ def read_vocab_json(data: bytes, where: str) -> dict[str, int]:
     InputError: It isn't one, or its ids are not 0 to V - 1.
   """
   try:
-    ids = dict(json.loads(data))
+    ids = dict(bounded.parse_json(data))
     if sorted(ids.values()) != list(range(len(ids))) or not ids:
       raise ValueError("ids are not 0, 1, 2, … each once")
   except (ValueError, TypeError) as error:

@@ -17,10 +17,11 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded
 from flaxmlm.tokenizers import hugging_face, sentence_piece
 from flaxmlm.tokenizers.hugging_face import HuggingFace, Token
 from flaxmlm.tokenizers.model_proto import ModelProto
-from flaxmlm.tokenizers.vocab import SPECIAL_NAMES, Settings, read_file
+from flaxmlm.tokenizers.vocab import SPECIAL_NAMES, Settings
 
 _BRACKETS = {role: names[0] for role, names in SPECIAL_NAMES.items()}
 _ANGLES = {
@@ -200,15 +201,7 @@ def _combine(
 
 def _read_object(folder: str, name: str) -> dict[str, Any] | None:
   path = os.path.join(folder, name)
-  if not os.path.exists(path):
-    return None
-  try:
-    found = json.loads(read_file(path))
-    if not isinstance(found, dict):
-      raise ValueError(f"is {type(found).__name__}")
-  except ValueError as error:
-    raise InputError(f"{path}: not a JSON object: {error}") from error
-  return found
+  return bounded.read_object(path) if os.path.exists(path) else None
 
 
 def _read_token(
@@ -267,7 +260,7 @@ def adapt(data: bytes, published: Published) -> bytes:
   if published.kind not in _WORDPIECE or not published.options.keys() & {*keys}:
     return data
   try:
-    spec = json.loads(data)
+    spec = bounded.parse_json(data)
     normalizer = spec["normalizer"]
     if normalizer["type"] != "BertNormalizer":
       return data

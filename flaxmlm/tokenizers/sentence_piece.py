@@ -226,9 +226,13 @@ def read(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
   """Reads a model file; raises InputError where that fails."""
   sentencepiece.set_min_log_level(_QUIET)
   try:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-  except (RuntimeError, ValueError) as error:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    # Each of these fails for a damaged model that could be loaded.
+    processor.id_to_piece(list(range(len(processor))))
+    processor.encode("a")
+  except (RuntimeError, ValueError, IndexError) as error:
     raise InputError(f"{where}: not a SentencePiece model") from error
+  return processor
 
 
 def build(model: bytes, settings: Settings, where: str) -> SentencePiece:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 
 from flaxmlm import InputError
+from flaxmlm.storage import bounded, files
 
 # The names that published vocabularies give the special tokens: BERT's,
 # RoBERTa's and T5's. The first name is given to one that a file lacks.
@@ -243,31 +244,23 @@ def read_settings(folder: str) -> tuple[str, Settings] | None:
   if not os.path.exists(path):
     return None
   try:
-    with open(path, encoding="utf-8") as file:
-      record = json.load(file)
+    record = bounded.read_json(path)
     settings = Settings(
       bool(record["lowercase"]),
       str(record["words"]),
       tuple(map(str, record.get("specials", ()))),
     )
+    if not files.is_inside(record["model"]):
+      raise ValueError(f"names {record['model']!r}")
     model = os.path.join(folder, record["model"])
     digest = record["sha256"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(
       f"{path}: not the settings of a saved tokenizer ({error!r}); save it anew"
     ) from error
-  if not os.path.exists(model) or _sha256(read_file(model)) != digest:
+  if not os.path.exists(model) or _sha256(bounded.read(model)) != digest:
     raise InputError(
       f"{model}: missing, or not the file that {SETTINGS_FILE} beside it was"
       " saved with; save the tokenizer anew"
     )
   return model, settings
-
-
-def read_file(path: str) -> bytes:
-  """Reads a file; raises InputError where that fails."""
-  try:
-    with open(path, "rb") as file:
-      return file.read()
-  except OSError as error:
-    raise InputError(f"{path}: {error.strerror}") from error
