@@ -22,6 +22,7 @@ alone, so the store is the same for any number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io

@@ -50,7 +50,7 @@ def is_inside(name: Any) -> bool:
 
 
 @functools.cache
-def system(protocol: str) -> Any:
+def bucket_system(protocol: str) -> Any:
   """Returns fsspec's file system, one that remembers no listing.
 
   Raises:
@@ -80,7 +80,7 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
   """
   protocol, _, name = url.partition("://")
   try:
-    yield system(protocol), name.rstrip("/")
+    yield bucket_system(protocol), name.rstrip("/")
   except (BucketError, InputError):
     raise
   except FileNotFoundError as error:
