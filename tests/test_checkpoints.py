@@ -268,7 +268,12 @@ elif name == "manifest":  # half of it is written
     real(file)
   os.fsync = fsync
 else:
-  where = {"orbax": checkpoints.ocp, "saves": saves, "manifests": manifests}
+  where = {
+    "orbax": checkpoints.ocp,
+    "saves": saves,
+    "manifests": manifests,
+    "files": saves.files,
+  }
   setattr(where[module], name, die)
 saver.close(t.state(2), None)
 """
@@ -283,7 +288,7 @@ saver.close(t.state(2), None)
     pytest.param("", "manifest", 1, id="mid-manifest"),
     pytest.param("saves", "publish", 1, id="before its name"),
     pytest.param("saves", "remove_old", 2, id="before removal"),
-    pytest.param("saves", "remove_tree", 2, id="mid-retention"),
+    pytest.param("files", "remove_folder", 2, id="mid-retention"),
   ],
 )
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_step(
