@@ -240,3 +240,33 @@ def test_half_an_environment_is_refused(environment, said, tmp_path):
   assert done.returncode == 2
   assert said in done.stderr
   assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_signal_before_the_loop_ends_a_process(tmp_path):
+  """JAX's own handler would note it, and let the process live."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-c"),
+      "from flaxmlm.training import hosts\n"
+      "import time\n"
+      "hosts.join()\n"
+      "print('joined', flush=True)\n"
+      "time.sleep(20)",
+    ],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_COORDINATOR_ADDRESS": address,
+      "JAX_NUM_PROCESSES": "1",
+      "JAX_PROCESS_ID": "0",
+    },
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == "joined\n"
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGTERM

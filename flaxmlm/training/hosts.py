@@ -54,6 +54,8 @@ def join() -> tuple[int, int]:
     return 0, 1
   import jax
 
+  # It would catch SIGTERM, and do nothing, until the loop does.
+  jax.config.update("jax_enable_preemption_service", False)
   seconds = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
   if given:
     jax.distributed.initialize(*_checked(given), **seconds)
