@@ -319,6 +319,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       )
     except checkpoints.SaveError as error:
       warn(f"error: {error}; once it can be saved, the same line again goes on")
+      hosts.leave()
       sys.exit(1)
 
   # The page, and what to do next.
@@ -342,6 +343,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     push(must=True)
     lock.close()
   hosts.wait("the end", processes)
+  hosts.leave()
   shown = remote.origin(workdir)
   print(f"\nreport: {f'{shown}/report.html' if shown else page}")
   if int(state.step) < c.train.steps:

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,7 @@ class Whole(NamedTuple):
   """A run that nothing happens to."""
 
   result: dict[str, Any]
+  store_seconds: float  # until its text has been prepared
   start_seconds: float  # until its first step has been told
   seconds: float  # all of it
 
@@ -218,12 +220,16 @@ def run_whole(world: World, workdir: pathlib.Path, **options: Any) -> Whole:
   """The run that nothing happens to."""
   begin = time.perf_counter()
   programs = start(world, f"--workdir={workdir}", **options)
+  while not (workdir / "store" / "manifest.json").exists():
+    assert programs[0].process.poll() is None, programs[0].printed()
+    time.sleep(0.02)
+  store = time.perf_counter() - begin
   wait_for_step(programs[0])
   first = time.perf_counter() - begin
   for program in programs:
     assert program.end() == 0, program.printed()
   seconds = time.perf_counter() - begin
-  return Whole(result(workdir, world), first, seconds)
+  return Whole(result(workdir, world), store, first, seconds)
 
 
 # --- kills -----------------------------------------------------------------
@@ -235,30 +241,33 @@ def kill_once(
   workdir: pathlib.Path,
   draw: random.Random,
   *,
-  late: bool,
+  when: str,
 ) -> str | None:
   """Kills a run, by signal 9, at a random moment.
 
   Args:
-    late: Whether after its first step; else at any time.
+    when: "any" time; "early", before it has a store; "late", after a step.
 
   Returns:
     What it was at; None if it had come to its end.
   """
   [program] = start(world, f"--workdir={workdir}")
-  if late:
+  seconds = {
+    "any": whole.seconds,
+    "early": whole.store_seconds,
+    "late": whole.seconds - whole.start_seconds,
+  }
+  if when == "late":
     wait_for_step(program)
-    seconds = draw.uniform(0, whole.seconds - whole.start_seconds)
-  else:
-    seconds = draw.uniform(0, whole.seconds)
   with contextlib.suppress(subprocess.TimeoutExpired):
-    program.end(seconds)
+    program.end(draw.uniform(0, seconds[when]))
   program.kill()
   if program.process.returncode == 0:
     return None
   assert program.process.returncode == -signal.SIGKILL, program.printed()
   if not (workdir / "store" / "manifest.json").exists():
-    return "preparing" if (workdir / "config.json").exists() else "starting"
+    begun = (workdir / "store.partial").exists()
+    return "preparing" if begun else "starting"
   if not program.last_step():
     return "compiling"
   left = {path.suffix for path in (workdir / "checkpoints").iterdir()}
@@ -286,10 +295,9 @@ def kill_often(
   Args:
     between: How long each life lasts, in seconds: at least, at most.
   """
-  lives = []
-  code = None
+  lives, code = [], None
   while code != 0:
-    before = ([0] + saves.list_steps(str(workdir / "checkpoints")))[-1]
+    before = last_saved(workdir)
     begin = time.perf_counter()
     [program] = start(world, f"--workdir={workdir}")
     deadline, first = begin + draw.uniform(*between), None
@@ -303,15 +311,15 @@ def kill_often(
       program.kill()
     assert code in (None, 0), program.printed()
     seconds = time.perf_counter() - begin
-    last = program.last_step()
-    lives.append(
-      Life(
-        seconds,
-        seconds if first is None else first - begin,
-        max(last - before, 0),
-      )
-    )
+    until = seconds if first is None else first - begin
+    steps = max(program.last_step() - before, 0)
+    lives.append(Life(seconds, until, steps))
   return lives
+
+
+def last_saved(workdir: pathlib.Path) -> int:
+  """The newest step that has its name; 0 if there is none."""
+  return max(saves.list_steps(str(workdir / "checkpoints")), default=0)
 
 
 # --- signals ---------------------------------------------------------------
@@ -352,7 +360,7 @@ def stop_once(
   draw.choice(programs).process.send_signal(signal.SIGTERM)
   codes = [program.end() for program in programs]
   seconds = time.perf_counter() - begin
-  saved = ([0] + saves.list_steps(str(workdir / "checkpoints")))[-1]
+  saved = last_saved(workdir)
   return Stop(codes, seconds, max(programs[0].last_step() - saved, 0), saved)
 
 
@@ -400,6 +408,66 @@ def fill_once(
   code = program.end()
   filler.unlink()
   return code, program.printed()
+
+
+def is_full(code: int, said: str) -> bool:
+  """Whether a program's end is code 1 and one line that says why."""
+  errors = [line for line in said.splitlines() if line.startswith("error: ")]
+  return (
+    code == 1
+    and len(errors) == 1
+    and any(why in errors[0] for why in ("No space left", "GB free"))
+    and "Traceback" not in said
+  )
+
+
+def fill_stores(
+  world: World, folder: pathlib.Path, draw: random.Random, times: int
+) -> dict[str, int]:
+  """Prepares on disks that are too small, and again when there is room."""
+
+  def prepare(out: pathlib.Path) -> tuple[int, str]:
+    [program] = start(world, f"--out={out}", name="prepare")
+    return program.end(), program.printed()
+
+  assert prepare(folder / "whole")[0] == 0
+  want = read_folder(folder / "whole")
+  size = sum(map(len, want.values()))
+  counts = {"full": 0, "a_line_and_code_1": 0, "same_bytes": 0}
+  for _ in range(times):
+    disk = folder / "disk"
+    with small_disk(disk, 64) as there:
+      assert there
+      filler = fill(disk)
+      os.truncate(filler, (64 << 20) - draw.randrange(size))
+      code, said = prepare(disk / "store")
+      counts["full"] += code != 0
+      counts["a_line_and_code_1"] += is_full(code, said)
+      filler.unlink()
+      code, said = prepare(disk / "store")
+      assert code == 0, said
+      counts["same_bytes"] += read_folder(disk / "store") == want
+    disk.rmdir()
+  return counts
+
+
+def read_folder(folder: pathlib.Path) -> dict[str, bytes]:
+  found = [path for path in folder.rglob("*") if path.is_file()]
+  return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+# --- what it costs ---------------------------------------------------------
+
+
+def step_seconds(world: World, workdir: pathlib.Path) -> float:
+  """Median over the lines of metrics of what a step took."""
+  finish(world, workdir)
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  speeds = [x[k] for x in found if (k := "train/tokens_per_second") in x]
+  values = json.loads((workdir / "config.json").read_text())
+  tokens = values["train"]["batch_size"] * values["data"]["row_length"]
+  return tokens / statistics.median(speeds)
 
 
 # --- other meshes ----------------------------------------------------------

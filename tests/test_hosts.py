@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import FLAGS, ROOT, lines, program
 
+from flaxmlm.storage import saves
+
 STEPS = 8
 PROGRAM = ("-m", "flaxmlm.train")
 # A flip of the last bit of a sum of float32 grows over the steps.
@@ -270,3 +272,39 @@ def test_a_signal_before_the_loop_ends_a_process(tmp_path):
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
   assert process.returncode == -signal.SIGTERM
+
+
+# One process alone can't write its part, once: files of a megabyte are too big
+# for it. The others wait for it in Orbax' barrier.
+ONE_FAILS = """
+import os, resource
+from flaxmlm import config, train
+from flaxmlm.training import checkpoints
+if os.environ["JAX_PROCESS_ID"] == "{process}":
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+  count_failure = checkpoints.Saver.count_failure
+  def make_room(self, *args):
+    count_failure(self, *args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  checkpoints.Saver.count_failure = make_room
+config.run(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_none_waits_for_one_that_cannot_write_its_part(
+  process, alone, store, tmp_path
+):
+  workdir = tmp_path / "run"
+  line = [*ARGS, store, f"--workdir={workdir}"]
+  line += ["--config.checkpoint.retry_seconds=0"]
+  what = ("-c", ONE_FAILS.format(process=process))
+  said = finish(start(2, *line, devices=2, what=what))
+  assert "File too large" in said[process]
+  assert "another process can't write its part" in said[0] or process == 0
+  for text in said:
+    assert "failure 2" not in text
+  assert saves.list_steps(str(workdir / "checkpoints")) == [6, 8]
+  np.testing.assert_allclose(losses(workdir), alone, atol=TOLERANCE, rtol=0)

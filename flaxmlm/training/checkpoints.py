@@ -84,6 +84,7 @@ class Saver:
     self._retry_seconds = retry_seconds
     self._before = before
     self._thread: threading.Thread | None = None
+    self._given_up = threading.Event()  # what the thread does counts no more
     self._whole = newest  # the newest step that is on the disk
     self._step: int | None = None  # of the newest try
     self._reason: str | None = None  # why that failed, here
@@ -123,11 +124,15 @@ class Saver:
         self.count_failure()
         return
 
-  def failed(self) -> bool:
-    """Whether the save has failed since this was last asked; never waits."""
+  def failed(self) -> int:
+    """The step whose save has failed since this was last asked, or 0.
+
+    Never waits.
+    """
     told = self._told
     self._told = self._reason is not None
-    return self._told and not told and not self._counted
+    new = self._told and not told and not self._counted
+    return self._step or 0 if new else 0
 
   def is_due_again(self) -> bool:
     """Whether it is time to save again; the first process says so, once."""
@@ -137,13 +142,16 @@ class Saver:
       self._again = float("inf")
     return due
 
-  def count_failure(self) -> None:
+  def count_failure(self, step: int | None = None) -> None:
     """Takes note, in all processes, that the newest save has failed in one.
+
+    Args:
+      step: Of the save; that of an older one has been counted since.
 
     Raises:
       SaveError: It was one too many.
     """
-    if self._counted:
+    if self._counted or step not in (None, self._step):
       return
     self._counted = True
     self._failures += 1
@@ -180,14 +188,35 @@ class Saver:
       self._thread.join()
 
   def _settle(self) -> None:
-    """Waits for the save before, and counts it: as failed, or as good."""
-    self.wait()
+    """Waits for the save before, and counts it: as failed, or as good.
+
+    Where one process has failed, the others' threads wait for it in vain, for
+    20 minutes (Orbax' barrier): they are left to themselves.
+    """
     if self._step is None:
       return
-    if hosts.any_of(self._reason is not None):
-      self.count_failure()
-    else:
-      self._whole, self._failures = self._step, 0
+    busy = True
+    while busy:
+      busy = self._is_busy(seconds=0.1)
+      if hosts.any_of(self._reason is not None):
+        self._give_up()
+        self.count_failure()
+        return
+      busy = hosts.any_of(busy)
+    self._whole, self._failures = self._step, 0
+
+  def _is_busy(self, seconds: float) -> bool:
+    """Whether this process still saves, after a wait; alone it waits longer."""
+    if self._thread is None:
+      return False
+    self._thread.join(seconds if jax.process_count() > 1 else None)
+    return self._thread.is_alive()
+
+  def _give_up(self) -> None:
+    """Leaves a save that has failed somewhere; removes what there is of it."""
+    self._given_up.set()
+    self._thread = None
+    self._drop(self._step)  # others may have written since that was last done
 
   def _prepare(self, state: State, loss: float | None) -> None:
     """Raises an error if it can't be saved for sure."""
@@ -206,15 +235,20 @@ class Saver:
       "run": self._record,
     }
     response = ocp.save_async(_saving(self._directory, step), state._asdict())
+    given_up = self._given_up = threading.Event()
 
     def finish() -> None:
       try:
         response.result()
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not given_up.is_set():
           finish_step(self._directory, step, facts)
       except Exception as error:  # any, of a disk or a network
+        if given_up.is_set():
+          return
         self._drop(step)
         self._reason = _describe(error)
+        return
+      if given_up.is_set():
         return
       try:
         if jax.process_index() == 0:
@@ -222,7 +256,9 @@ class Saver:
       except Exception as error:
         _say(f"WARNING: an old checkpoint can't be removed: {_describe(error)}")
 
-    self._thread = threading.Thread(target=finish, name=f"save {step}")
+    self._thread = threading.Thread(
+      target=finish, name=f"save {step}", daemon=True
+    )
     self._thread.start()
 
   def _drop(self, step: int) -> None:

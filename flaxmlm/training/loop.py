@@ -62,7 +62,7 @@ def run(
   saver: Saver,
   write: Callable[[int, dict[str, float]], None],
   stop: Callable[[], bool],
-  vote: Callable[[Sequence[bool]], tuple[bool, ...]],
+  vote: Callable[[Sequence[int]], tuple[int, ...]],
   schedule: Schedule,
   cost: Cost,
   shares: Mapping[str, float],
@@ -159,7 +159,7 @@ def run(
         (stop(), saver.failed(), saver.is_due_again())
       )
       if failed:
-        saver.count_failure()
+        saver.count_failure(failed)
       saving = due(step, schedule.save_every) or stopping or again
       if due(step, schedule.eval_every) or saving:
         jax.block_until_ready(sums)
