@@ -235,6 +235,68 @@ def test_a_lease_of_the_dead_is_taken_over_after_some_time(
   assert len(said) == 1
 
 
+def test_a_failure_leaves_the_lease_to_the_others_that_may_write(
+  bucket, tmp_path, quick
+):
+  url = f"{bucket}/{tmp_path.name}"
+  for alone in (True, False):
+    with (
+      pytest.raises(RuntimeError),
+      lease.hold(url, str(tmp_path / "first"), alone=alone),
+    ):
+      raise RuntimeError
+    assert files.exists(f"{url}/lease.json") == (not alone)
+  # On this machine, with the same folder, one goes on at once.
+  with lease.hold(url, str(tmp_path / "first"), alone=False):
+    pass
+  assert not files.exists(f"{url}/lease.json")
+
+
+# A run that fails while a checkpoint is being written.
+FAILS = """
+import sys, time
+from flaxmlm import config, train
+from flaxmlm.data import batches
+from flaxmlm.storage import files
+from flaxmlm.training import checkpoints
+
+lease, *argv = sys.argv[1:]
+at, finish_step = batches.at, checkpoints.finish_step
+
+def fail(*args, step, **options):
+  if step == 2:
+    raise RuntimeError("a failure")
+  return at(*args, step=step, **options)
+
+def slowly(*args):
+  time.sleep(2)
+  finish_step(*args)
+  print("held at the end of the save:", files.exists(lease))
+
+batches.at, checkpoints.finish_step = fail, slowly
+config.run(lambda: train.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_has_the_lease_until_it_writes_no_more(
+  bucket, tmp_path
+):
+  workdir = f"{bucket}/runs/fails"
+  done = subprocess.run(
+    [sys.executable, "-c", FAILS, f"{workdir}/lease.json", *ARGS]
+    + [f"--workdir={workdir}"],
+    cwd=ROOT,
+    env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1 and "a failure" in done.stderr
+  assert "held at the end of the save: True" in done.stdout
+  assert files.exists(f"{workdir}/checkpoints/2/manifest.json")
+  assert not files.exists(f"{workdir}/lease.json")
+
+
 def test_who_was_suspended_too_long_writes_nothing_more(
   bucket, tmp_path, quick, monkeypatch
 ):

@@ -63,7 +63,11 @@ class _Found(NamedTuple):
 
 @contextlib.contextmanager
 def hold(
-  folder: str, memo: str, *, say: Callable[[str], None] = print
+  folder: str,
+  memo: str,
+  *,
+  alone: bool = True,
+  say: Callable[[str], None] = print,
 ) -> Iterator[Callable[[], None]]:
   """Holds the lease of a folder.
 
@@ -71,6 +75,9 @@ def hold(
     folder: In a bucket.
     memo: A file of this machine, which is locked, and names the lease that was
       last held by it.
+    alone: Whether this process alone writes there. If not, the others may still
+      write after an exception: the lease is renewed until this process ends,
+      and expires then.
     say: Is told if it takes time.
 
   Yields:
@@ -103,7 +110,7 @@ def hold(
       generation = _take(url, facts, before, say)
     except OSError as error:
       raise InputError(f"{folder}: {error.strerror}") from error
-    with _renewed(url, facts, generation) as check:
+    with _renewed(url, facts, generation, alone) as check:
       yield check
 
 
@@ -163,11 +170,11 @@ def _take(
 
 @contextlib.contextmanager
 def _renewed(
-  url: str, facts: dict[str, Any], generation: str
+  url: str, facts: dict[str, Any], generation: str, alone: bool
 ) -> Iterator[Callable[[], None]]:
-  """Renews a lease for as long as it is held, then removes it."""
+  """Renews a lease for as long as it is held, then removes it; see `hold`."""
   lock, ended = threading.Lock(), threading.Event()
-  lost = False
+  lost, failed = False, True
 
   def renew() -> None:
     nonlocal generation, lost
@@ -201,11 +208,13 @@ def _renewed(
   thread.start()
   try:
     yield check
+    failed = False
   finally:
-    ended.set()
-    with lock, contextlib.suppress(OSError):
-      if not lost:
-        _remove(url, generation)
+    if alone or not failed:
+      ended.set()
+      with lock, contextlib.suppress(OSError):
+        if not lost:
+          _remove(url, generation)
 
 
 def _look(url: str) -> _Found | None:

@@ -229,11 +229,15 @@ def _pull(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def claim(workdir: str) -> Iterator[Callable[[], None]]:
+def claim(workdir: str, *, alone: bool = True) -> Iterator[Callable[[], None]]:
   """Keeps all others from training in a run's bucket, see `lease`.
 
   What the bucket has of the run is copied here once more, now that nobody
   changes it. Of a run that is kept here, nothing is done.
+
+  Args:
+    workdir: The local folder of the run.
+    alone: See `lease.hold`.
 
   Yields:
     What raises InputError if another process has taken over; to be called
@@ -246,7 +250,8 @@ def claim(workdir: str) -> Iterator[Callable[[], None]]:
   if url is None:
     yield lambda: None
     return
-  with lease.hold(url, os.path.join(workdir, lease.MEMO)) as check:
+  memo = os.path.join(workdir, lease.MEMO)
+  with lease.hold(url, memo, alone=alone) as check:
     pull(workdir)
     yield check
 
