@@ -1,5 +1,6 @@
 """Stores and runs in a bucket, of a storage server that speaks GCS's API."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -169,6 +170,23 @@ def test_a_local_run_has_no_origin(tmp_path):
   assert remote.checkpoints(str(tmp_path)) == os.path.join(
     tmp_path, "checkpoints"
   )
+
+
+def test_many_that_read_a_run_at_once_all_get_it(bucket, tmp_path, monkeypatch):
+  url = f"{bucket}/{tmp_path.name}"
+  files.write(f"{url}/config.json", b"{}")
+  monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "here"))
+  begin = threading.Barrier(8)
+
+  def read(_: int) -> bytes:
+    begin.wait()
+    for _ in range(4):
+      folder = remote.localize(url)
+      assert remote.origin(folder) == url
+    return files.read(os.path.join(folder, "config.json"))
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(read, range(8))) == [b"{}"] * 8
 
 
 @pytest.fixture
