@@ -253,6 +253,32 @@ def test_a_lease_of_the_dead_is_taken_over_after_some_time(
   assert len(said) == 1
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_lease_whose_writing_may_have_failed_is_known(
+  bucket, tmp_path, quick, monkeypatch, arrives
+):
+  """Whether the old one is there or the new one, the next try has it."""
+  url, memo = f"{bucket}/{tmp_path.name}", str(tmp_path / "memo")
+  with lease.hold(url, memo):
+    left = files.read(f"{url}/lease.json")
+  files.write(f"{url}/lease.json", left)  # as after kill -9
+  put = lease._put
+
+  def cut_off(url, facts, generation):
+    if arrives:
+      put(url, facts, generation)
+    raise files.BucketError(5, "no answer", url)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(lease, "_put", cut_off)
+    with pytest.raises(InputError, match="no answer"), lease.hold(url, memo):
+      pass
+  assert (files.read(f"{url}/lease.json") != left) == arrives
+  monkeypatch.setattr(lease, "STALE_AFTER", 1000.0)
+  with lease.hold(url, memo, say=pytest.fail):
+    pass
+
+
 def test_a_failure_leaves_the_lease_to_the_others_that_may_write(
   bucket, tmp_path, quick
 ):
