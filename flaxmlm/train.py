@@ -63,7 +63,8 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   workdir = os.path.abspath(args.workdir)
   push = remote.make_push(workdir)
   if process == 0:
-    check_claim = claims.enter_context(remote.claim(workdir))
+    alone = processes == 1
+    check_claim = claims.enter_context(remote.claim(workdir, alone=alone))
     lock, saved = claim_workdir(workdir, c, allow)
   else:  # the first one writes, and the others find it there
     hosts.wait("the data", processes)
@@ -254,6 +255,8 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     retry_seconds=c.checkpoint.retry_seconds,
     before=before_save,
   )
+  if processes == 1:  # of several, one may wait for others that are gone
+    claims.callback(saver.wait)
   if newest is not None:
     facts = manifests.read(f"{folder}/{newest}")
     state = checkpoints.restore(folder, facts, shapes)

@@ -1,5 +1,6 @@
 """Stores and runs in a bucket, of a storage server that speaks GCS's API."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -171,6 +172,23 @@ def test_a_local_run_has_no_origin(tmp_path):
   )
 
 
+def test_many_that_read_a_run_at_once_all_get_it(bucket, tmp_path, monkeypatch):
+  url = f"{bucket}/{tmp_path.name}"
+  files.write(f"{url}/config.json", b"{}")
+  monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "here"))
+  begin = threading.Barrier(8)
+
+  def read(_: int) -> bytes:
+    begin.wait()
+    for _ in range(4):
+      folder = remote.localize(url)
+      assert remote.origin(folder) == url
+    return files.read(os.path.join(folder, "config.json"))
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(read, range(8))) == [b"{}"] * 8
+
+
 @pytest.fixture
 def quick(monkeypatch):
   """Leases that are stale after seconds."""
@@ -233,6 +251,94 @@ def test_a_lease_of_the_dead_is_taken_over_after_some_time(
   with lease.hold(url, str(tmp_path / "first"), say=said.append):
     pass
   assert len(said) == 1
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_lease_whose_writing_may_have_failed_is_known(
+  bucket, tmp_path, quick, monkeypatch, arrives
+):
+  """Whether the old one is there or the new one, the next try has it."""
+  url, memo = f"{bucket}/{tmp_path.name}", str(tmp_path / "memo")
+  with lease.hold(url, memo):
+    left = files.read(f"{url}/lease.json")
+  files.write(f"{url}/lease.json", left)  # as after kill -9
+  put = lease._put
+
+  def cut_off(url, facts, generation):
+    if arrives:
+      put(url, facts, generation)
+    raise files.BucketError(5, "no answer", url)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(lease, "_put", cut_off)
+    with pytest.raises(InputError, match="no answer"), lease.hold(url, memo):
+      pass
+  assert (files.read(f"{url}/lease.json") != left) == arrives
+  monkeypatch.setattr(lease, "STALE_AFTER", 1000.0)
+  with lease.hold(url, memo, say=pytest.fail):
+    pass
+
+
+def test_a_failure_leaves_the_lease_to_the_others_that_may_write(
+  bucket, tmp_path, quick
+):
+  url = f"{bucket}/{tmp_path.name}"
+  for alone in (True, False):
+    with (
+      pytest.raises(RuntimeError),
+      lease.hold(url, str(tmp_path / "first"), alone=alone),
+    ):
+      raise RuntimeError
+    assert files.exists(f"{url}/lease.json") == (not alone)
+  # On this machine, with the same folder, one goes on at once.
+  with lease.hold(url, str(tmp_path / "first"), alone=False):
+    pass
+  assert not files.exists(f"{url}/lease.json")
+
+
+# A run that fails while a checkpoint is being written.
+FAILS = """
+import sys, time
+from flaxmlm import config, train
+from flaxmlm.data import batches
+from flaxmlm.storage import files
+from flaxmlm.training import checkpoints
+
+lease, *argv = sys.argv[1:]
+at, finish_step = batches.at, checkpoints.finish_step
+
+def fail(*args, step, **options):
+  if step == 2:
+    raise RuntimeError("a failure")
+  return at(*args, step=step, **options)
+
+def slowly(*args):
+  time.sleep(2)
+  finish_step(*args)
+  print("held at the end of the save:", files.exists(lease))
+
+batches.at, checkpoints.finish_step = fail, slowly
+config.run(lambda: train.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_has_the_lease_until_it_writes_no_more(
+  bucket, tmp_path
+):
+  workdir = f"{bucket}/runs/fails"
+  done = subprocess.run(
+    [sys.executable, "-c", FAILS, f"{workdir}/lease.json", *ARGS]
+    + [f"--workdir={workdir}"],
+    cwd=ROOT,
+    env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1 and "a failure" in done.stderr
+  assert "held at the end of the save: True" in done.stdout
+  assert files.exists(f"{workdir}/checkpoints/2/manifest.json")
+  assert not files.exists(f"{workdir}/lease.json")
 
 
 def test_who_was_suspended_too_long_writes_nothing_more(
