@@ -172,6 +172,23 @@ def test_the_same_store(texts, tmp_path, small, way, monkeypatch):
     prepare.prepare_store(c, out, progress=False, beam=beam)
 
 
+def test_a_tokenizer_of_a_bucket_is_named_by_its_folder(
+  bucket, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "cache"))
+  url, path = f"{bucket}/{tmp_path.name}", make_tokenizer(tmp_path)
+  files.copy_there(str(path), f"{url}/vocab.txt")
+
+  def load(where):
+    c = make_config("unread.txt", tokenizer__path=str(where))
+    return prepare.load_tokenizer(c)
+
+  assert load(url).fingerprint == load(path).fingerprint
+  for name in ("vocab.txt", "nothing"):
+    with pytest.raises(InputError, match=f"{url}/{name}: .* name the folder"):
+      load(f"{url}/{name}")
+
+
 def pull(url, folder):
   files.copy_here(files.list_tree(url), url, str(folder))
 

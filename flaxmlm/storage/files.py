@@ -407,8 +407,10 @@ def _list(prefix: str) -> dict[str, int]:
       found = fs.find(name, prefix=begin, detail=True)
     except FileNotFoundError:
       return {}
-  return {
+  sizes = {
     f"{protocol}://{path}": int(facts["size"])
     for path, facts in found.items()
     if facts["type"] == "file" and not path.endswith("/")
   }
+  # Of what is no folder but a file, that itself is found.
+  return {url: size for url, size in sizes.items() if url.startswith(prefix)}
