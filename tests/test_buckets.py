@@ -116,6 +116,28 @@ def test_what_is_refused_is_no_bad_record(bucket, tmp_path, monkeypatch, name):
     list(read)
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a?", "*", "[", "a[!b]", "**"])
+def test_a_name_with_signs_of_globs_is_a_name(bucket, tmp_path, name):
+  url = f"{bucket}/{tmp_path.name}"
+  others = {
+    f"{url}/{other}/[x]/{file}" for other in ("a1", "ab") for file in "12"
+  }
+  own = {f"{url}/{name}/{file}" for file in ("[1]", "1", "deep/*")}
+  for path in own | others:
+    files.write(path, path.encode())
+  assert dict(files.read_many(sorted(own | {f"{url}/a*"}))) == {
+    path: path.encode() for path in own
+  }
+  assert set(files.list_tree(f"{url}/{name}")) == own
+  files.move_folder(f"{url}/{name}", f"{url}/{name}.broken")
+  moved = {path.replace(f"/{name}/", f"/{name}.broken/") for path in own}
+  found = files.list_tree(url)
+  assert set(found) == moved | others
+  files.remove_folder(f"{url}/{name}.broken")
+  files.remove_folder(f"{url}/{name}")
+  assert set(files.list_tree(url)) == others
+
+
 def test_buckets_that_are_not_there(bucket):
   with pytest.raises(InputError, match="gs://no-such-bucket/texts"):
     sources.find("gs://no-such-bucket/texts/*.txt")

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import glob
 import importlib.util
 import io
 import os
@@ -117,16 +118,14 @@ def read_many(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
       continue
     with opened(some[0]) as (fs, _):
       names = [path.partition("://")[2] for path in some]
-      found = fs.cat(names, on_error="return")
-      for name in names:
-        data = found.get(name)
+      # Of whole files. By fs.cat, a name with "*" or "[" in it is a glob.
+      found = fs.cat_ranges(names, None, None)
+      for data in found:
         if isinstance(data, Exception) and not isinstance(
           data, FileNotFoundError
         ):
           raise data
-      pairs = [
-        (path, found.get(n)) for path, n in zip(some, names, strict=True)
-      ]
+    pairs = zip(some, found, strict=True)
     yield from ((path, data) for path, data in pairs if type(data) is bytes)
 
 
@@ -225,7 +224,7 @@ def remove_folder(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
     return
   with contextlib.suppress(FileNotFoundError), opened(path) as (fs, name):
-    fs.rm(name, recursive=True)
+    fs.rm(glob.escape(name), recursive=True)
 
 
 def move_folder(path: str, target: str) -> None:
@@ -233,8 +232,11 @@ def move_folder(path: str, target: str) -> None:
   if not is_remote(path):
     os.rename(path, target)
     return
-  with opened(path) as (fs, name):
-    fs.mv(name, target.partition("://")[2].rstrip("/"), recursive=True)
+  for each in list_tree(path):
+    with opened(each) as (fs, name):
+      inner = each.removeprefix(path.rstrip("/"))
+      fs.cp_file(name, target.partition("://")[2].rstrip("/") + inner)
+      fs.rm_file(name)
 
 
 def remove(path: str) -> None:
