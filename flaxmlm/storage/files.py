@@ -370,6 +370,8 @@ def open_reader(path: str) -> io.BufferedIOBase:
 class _Reader(io.RawIOBase):
   """A file of a bucket, whose errors are known from damage of what is in it."""
 
+  _file = None  # it is closed too if it couldn't be opened
+
   def __init__(self, url: str):
     self._url = url
     with opened(url) as (fs, name):
@@ -394,7 +396,7 @@ class _Reader(io.RawIOBase):
     return self._file.tell()
 
   def close(self) -> None:
-    if not self.closed:
+    if not self.closed and self._file is not None:
       self._file.close()
     super().close()
 
