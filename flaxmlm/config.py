@@ -1209,8 +1209,11 @@ def check_file(name: str, path: str | None) -> None:
 def run(main: Callable[[], None]) -> None:
   """Runs a program's main; a user's mistake is one line and exit code 2.
 
-  A full disk is one line too, and exit code 1: another try may have room.
+  A full disk, or a bucket that doesn't answer, is one line too, and exit code
+  1: another try may do.
   """
+  from flaxmlm.storage.files import BucketError
+
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors="replace")  # a terminal without Unicode
   try:
@@ -1219,6 +1222,10 @@ def run(main: Callable[[], None]) -> None:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     _leave(2)
+  except BucketError as error:
+    line = f"error: {error.filename}: {error.strerror}; it may do another time"
+    print(line, file=sys.stderr, flush=True)
+    _leave(1)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise

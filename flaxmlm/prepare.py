@@ -269,13 +269,24 @@ def prepare_store(
 
 
 def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
-  """Returns the tokenizer of `tokenizer.path`; None if one is to be trained."""
+  """Returns the tokenizer of `tokenizer.path`; None if one is to be trained.
+
+  Raises:
+    InputError: It can't be read; or is in a bucket, and no folder of one.
+  """
   from flaxmlm import tokenizers
 
-  if config.tokenizer.path is None:
+  path = config.tokenizer.path
+  if path is None:
     return None
+  here = remote.localize(path)
+  if files.is_remote(path) and not tokenizers.has_tokenizer(here):
+    raise InputError(
+      f"tokenizer.path={path}: no folder with a tokenizer; of a bucket, name"
+      " the folder that has it, not its file"
+    )
   return tokenizers.load(
-    remote.localize(config.tokenizer.path),
+    here,
     lowercase=config.tokenizer.lowercase or None,
     words="jieba" if config.tokenizer.words == "jieba" else None,
   )

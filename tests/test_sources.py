@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gc
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 import tracemalloc
+import warnings
 from collections.abc import Callable
 
 import pyarrow
@@ -140,6 +142,17 @@ def test_frames_of_an_archive_follow_one_another(tmp_path):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(b"".join(map(ARCHIVES[ending], parts)))
     assert texts(path) == [b"".join(parts).decode()], ending
+
+
+def test_a_damaged_archive_leaves_nothing_open(tmp_path):
+  path = tmp_path / "rows.parquet.gz"
+  path.write_bytes(gzip.compress(bytes(9999))[:-9])
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    with pytest.raises(InputError, match="truncated or damaged"):
+      list(read([str(path)]))
+    gc.collect()
+  assert not [str(each.message) for each in said]
 
 
 def test_a_real_web_corpus():

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import glob
 import importlib.util
 import io
 import os
@@ -117,16 +118,14 @@ def read_many(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
       continue
     with opened(some[0]) as (fs, _):
       names = [path.partition("://")[2] for path in some]
-      found = fs.cat(names, on_error="return")
-      for name in names:
-        data = found.get(name)
+      # Of whole files. By fs.cat, a name with "*" or "[" in it is a glob.
+      found = fs.cat_ranges(names, None, None)
+      for data in found:
         if isinstance(data, Exception) and not isinstance(
           data, FileNotFoundError
         ):
           raise data
-      pairs = [
-        (path, found.get(n)) for path, n in zip(some, names, strict=True)
-      ]
+    pairs = zip(some, found, strict=True)
     yield from ((path, data) for path, data in pairs if type(data) is bytes)
 
 
@@ -225,7 +224,7 @@ def remove_folder(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
     return
   with contextlib.suppress(FileNotFoundError), opened(path) as (fs, name):
-    fs.rm(name, recursive=True)
+    fs.rm(glob.escape(name), recursive=True)
 
 
 def move_folder(path: str, target: str) -> None:
@@ -233,8 +232,11 @@ def move_folder(path: str, target: str) -> None:
   if not is_remote(path):
     os.rename(path, target)
     return
-  with opened(path) as (fs, name):
-    fs.mv(name, target.partition("://")[2].rstrip("/"), recursive=True)
+  for each in list_tree(path):
+    with opened(each) as (fs, name):
+      inner = each.removeprefix(path.rstrip("/"))
+      fs.cp_file(name, target.partition("://")[2].rstrip("/") + inner)
+      fs.rm_file(name)
 
 
 def remove(path: str) -> None:
@@ -368,6 +370,8 @@ def open_reader(path: str) -> io.BufferedIOBase:
 class _Reader(io.RawIOBase):
   """A file of a bucket, whose errors are known from damage of what is in it."""
 
+  _file = None  # it is closed too if it couldn't be opened
+
   def __init__(self, url: str):
     self._url = url
     with opened(url) as (fs, name):
@@ -392,7 +396,7 @@ class _Reader(io.RawIOBase):
     return self._file.tell()
 
   def close(self) -> None:
-    if not self.closed:
+    if not self.closed and self._file is not None:
       self._file.close()
     super().close()
 
@@ -407,8 +411,10 @@ def _list(prefix: str) -> dict[str, int]:
       found = fs.find(name, prefix=begin, detail=True)
     except FileNotFoundError:
       return {}
-  return {
+  sizes = {
     f"{protocol}://{path}": int(facts["size"])
     for path, facts in found.items()
     if facts["type"] == "file" and not path.endswith("/")
   }
+  # Of what is no folder but a file, that itself is found.
+  return {url: size for url, size in sizes.items() if url.startswith(prefix)}
