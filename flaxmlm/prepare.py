@@ -14,6 +14,7 @@ for any number of processes, and on many machines by --runner (docs/scale.md).
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -555,6 +556,9 @@ def _explained(out: str) -> Iterator[None]:
       " was"
     ) from error
   except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      where = error.filename or out
+      raise OSError(error.errno, error.strerror, where) from error
     raise InputError(
       f"{error.filename or out}: {error.strerror or error}; free some space or"
       " use another folder, and start again: it goes on where it was"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
-from flaxmlm.storage import lease, manifests, remote, saves
+from flaxmlm.storage import files, lease, manifests, remote, saves
 from flaxmlm.training import hosts, memory, versions
 from flaxmlm.training.chain import newest_step
 
@@ -62,6 +62,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   process, processes = hosts.join()
   workdir = os.path.abspath(args.workdir)
   push = remote.make_push(workdir)
+  claims.enter_context(files.named(workdir))
   if process == 0:
     alone = processes == 1
     check_claim = claims.enter_context(remote.claim(workdir, alone=alone))
@@ -628,9 +629,10 @@ def check_tokenizer(c: ConfigDict) -> None:
 
 def write_text(path: str, text: str) -> None:
   """Writes a file that is there whole or not at all."""
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.replace(path + ".tmp", path)
+  with files.named(path):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+      file.write(text)
+    os.replace(path + ".tmp", path)
 
 
 def open_data(

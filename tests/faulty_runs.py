@@ -65,7 +65,7 @@ class Program(NamedTuple):
       )
     )
 
-  def end(self, seconds: float = 300) -> int:
+  def end(self, seconds: float = 3600) -> int:
     return self.process.wait(seconds)
 
   def kill(self) -> None:
@@ -416,7 +416,9 @@ def is_full(code: int, said: str) -> bool:
   return (
     code == 1
     and len(errors) == 1
-    and any(why in errors[0] for why in ("No space left", "GB free"))
+    and any(
+      why in errors[0] for why in ("No space left on device: '", "GB free")
+    )
     and "Traceback" not in said
   )
 

@@ -32,6 +32,24 @@ class BucketError(OSError):
   """A bucket doesn't answer, or refuses; it may another time."""
 
 
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+  """Gives the error of a full disk, which as a rule names no file, this name.
+
+  >>> with named("metrics.jsonl"):
+  ...   raise OSError(28, "No space left on device")
+  Traceback (most recent call last):
+  OSError: [Errno 28] No space left on device: 'metrics.jsonl'
+  """
+  try:
+    yield
+  except OSError as error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full or error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, path) from error
+
+
 def is_remote(path: str) -> bool:
   """Whether a path is one of a bucket, like gs://bucket/store."""
   return "://" in path
