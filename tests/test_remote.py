@@ -433,15 +433,19 @@ def test_a_damaged_step_in_a_bucket_is_set_aside(bucket, tmp_path):
     files.write(f"{folder}/{step}/state/d/array", bytes(range(step, 100)))
     if step < 4:  # whose save was cut off
       manifests.seal(f"{folder}/{step}", {"step": step, "loss": None})
-  files.write(f"{folder}/3/state/d/array", bytes(97))
-  with pytest.raises(InputError, match=r"/4: manifest.json is missing; .*/3: "):
-    saves.find_newest(folder, strict=True, say=print)
+  # What is cut off is no damage: it goes, under strict too.
   said = []
+  assert saves.find_newest(folder, strict=True, say=said.append)["step"] == 3
+  assert len(said) == 1 and "/4: its save, or its removal, was cut" in said[0]
+  assert saves.list_steps(folder) == [1, 2, 3]
+  files.write(f"{folder}/3/state/d/array", bytes(97))
+  with pytest.raises(InputError, match=r"/3: state/d/array isn't what.*strict"):
+    saves.find_newest(folder, strict=True, say=print)
   facts = saves.find_newest(folder, strict=False, say=said.append)
   assert facts["step"] == 2
   assert "/3: state/d/array isn't what was written" in said[1]
   names = sorted(files.list_names(folder))
-  assert names == ["1", "2", "3.broken", "4.broken"]
+  assert names == ["1", "2", "3.broken"]
   assert saves.remove_old(folder, keep=1, best=0, every=0) == [1]
   assert saves.list_steps(folder) == [2]
 
@@ -451,4 +455,26 @@ def test_a_bucket_with_nothing_but_a_save_that_was_cut_off(bucket, tmp_path):
   files.write(f"{folder}/4/state/array", b"half")
   said = []
   assert saves.find_newest(folder, strict=False, say=said.append) is None
-  assert "set aside as 4.broken, nothing is taken in its place" in said[0]
+  assert len(said) == 1 and "/4: its save, or its removal, was" in said[0]
+  assert files.list_names(folder) == []
+
+
+def test_a_run_in_a_bucket_that_lost_its_manifests_never_begins_anew(
+  bucket, tmp_path
+):
+  """Or never had one, of an older version; Orbax had written all of it."""
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  for step, names in ((4, ("array", "commit_success.txt")), (6, ("array",))):
+    for name in names:
+      files.write(f"{folder}/{step}/{name}", b"all")
+  before = files.list_tree(folder)
+  for strict in (False, True):
+    with pytest.raises(InputError, match=r"/4: man.*no step there is whole"):
+      saves.find_newest(folder, strict=strict, say=print)
+  assert files.list_tree(folder) == before
+  # Nor is it removed behind newer ones.
+  files.write(f"{folder}/9/array", b"all")
+  manifests.seal(f"{folder}/9", {"step": 9, "loss": None})
+  assert saves.find_newest(folder, strict=True, say=print)["step"] == 9
+  assert saves.remove_old(folder, keep=1, best=0, every=0) == []
+  assert saves.list_steps(folder) == [4, 9]
