@@ -154,6 +154,7 @@ KEYS: dict[str, Key] = {
   "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
   "train.max_hours": Key(None, float, "Stop after the step at which so much time has gone by since the start, as a signal does: saved, exit code 0, and the same line goes on. None: no limit.", unit="hours", low=0, optional=True),
+  "train.stall_seconds": Key(None, float, "End the process, with exit code 75, if a step, an evaluation, a save or the reading of a batch takes longer (docs/reliability.md); the first of each has an hour. None: 20 times the median of the same so far, 300 at least.", unit="seconds", low=1, optional=True),
 
   "mesh.data": Key(-1, int, "Devices along the data axis; -1: the rest.", unit="devices", low=-1),
   "mesh.fsdp": Key(1, int, "Devices that share one copy of the parameters; the batch is split over them too. -1: the rest.", unit="devices", low=-1),
@@ -201,7 +202,7 @@ _BESIDE_THE_STORE = (
 FREE_ON_RESUME = (
   *("mesh", "eval", "checkpoint", "log"),
   *("model.attention", "model.remat", "model.scan_layers"),
-  *("train.microbatches", "train.max_hours"),
+  *("train.microbatches", "train.max_hours", "train.stall_seconds"),
   *("data.processes", "data.store", "data.tfds_dir"),
 )
 # What may be changed by naming it: arrays and the order of the rows stay.

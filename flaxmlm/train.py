@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
 from flaxmlm.storage import files, lease, manifests, remote, saves
-from flaxmlm.training import hosts, memory, versions
+from flaxmlm.training import hosts, memory, versions, watchdog
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
@@ -42,7 +42,18 @@ _LONGEST_WORD = 12  # tokens on average; longer ones are no words
 def main(argv: list[str] | None = None) -> None:
   """Trains a model in a workdir."""
   with contextlib.ExitStack() as claims:
-    train(argv, claims)
+    try:
+      train(argv, claims)
+    except (RuntimeError, ValueError) as error:
+      if not hosts.is_lost(error):
+        raise
+      what = str(error).strip().splitlines()[0]
+      warn(
+        f"error: another process ended, or can't be reached: {what}; the same"
+        " line again goes on"
+      )
+      claims.close()
+      os._exit(1)  # a proper end would wait for the other
 
 
 def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
@@ -86,6 +97,9 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     tokenizer.save(os.path.join(workdir, "tokenizer"))
     push(must=True)
     hosts.wait("the data", processes)
+  watch = watchdog.Watch(c.train.stall_seconds)
+  watch.enter("start")
+  watch.begin(os.path.join(workdir, "stalls"), process)
   if validation.rows == 0:
     raise InputError(
       f"{store.folder} has no validation document; make another store with a"
@@ -166,6 +180,10 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       )
     )
 
+  def put_to_evaluate(batch: batches.HostBatch) -> Batch:
+    watch.enter("evaluation")  # batch by batch: they may be many
+    return put(batch)
+
   def evaluate(params: Any) -> dict[str, float]:
     # As much memory as a micro-batch of training.
     size = sharding.whole_rows(mesh, B // c.train.microbatches)
@@ -178,7 +196,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       shard=shard,
     )
     values = loop.evaluate(
-      eval_step, params, map(put, every), shares=objective.shares
+      eval_step, params, map(put_to_evaluate, every), shares=objective.shares
     )
     return values | {"eval/uniform_entropy": float(np.log(V))}
 
@@ -255,6 +273,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     max_failures=c.checkpoint.max_failures,
     retry_seconds=c.checkpoint.retry_seconds,
     before=before_save,
+    watch=watch,
   )
   if processes == 1:  # of several, one may wait for others that are gone
     claims.callback(saver.wait)
@@ -320,6 +339,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
           tokens_before=sum(phase.tokens for phase in before),
         ),
         shares=objective.shares,
+        watch=watch,
       )
     except checkpoints.SaveError as error:
       warn(f"error: {error}; once it can be saved, the same line again goes on")
@@ -327,6 +347,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       sys.exit(1)
 
   # The page, and what to do next.
+  watch.enter("end")
   after = guesses(state.params)
   page = os.path.join(workdir, "report.html")
   if process == 0:
@@ -348,6 +369,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     lock.close()
   hosts.wait("the end", processes)
   hosts.leave()
+  watch.enter("")
   shown = remote.origin(workdir)
   print(f"\nreport: {f'{shown}/report.html' if shown else page}")
   if int(state.step) < c.train.steps:

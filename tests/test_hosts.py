@@ -139,6 +139,46 @@ def test_one_is_killed_and_the_same_line_goes_on(alone, store, tmp_path):
   )
 
 
+def wait_for_steps(workdir, process) -> None:
+  path = workdir / "metrics.jsonl"
+  while not path.exists() or '"step": 4,' not in path.read_text():
+    assert process.poll() is None
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_is_stopped_ends_the_others(which, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  line += ["--config.train.steps=99999", "--config.train.stall_seconds=5"]
+  processes = start(2, *line)
+  wait_for_steps(tmp_path / "run", processes[0])
+  processes[which].send_signal(signal.SIGSTOP)
+  out, _ = processes[1 - which].communicate(timeout=100)
+  assert processes[1 - which].returncode == 75, out
+  last = out.splitlines()[-1]
+  assert last.startswith(f"error: process {1 - which} stalls: ")
+  [path] = (tmp_path / "run" / "stalls").iterdir()
+  assert str(path) in last and "training/loop.py" in path.read_text()
+  # It can't go on alone, and ends too once it can.
+  processes[which].send_signal(signal.SIGCONT)
+  processes[which].communicate(timeout=150)
+  assert processes[which].returncode not in (0, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_is_killed_ends_the_others(which, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  processes = start(2, *line, "--config.train.steps=99999")
+  wait_for_steps(tmp_path / "run", processes[0])
+  processes[which].send_signal(signal.SIGKILL)
+  out, _ = processes[1 - which].communicate(timeout=100)
+  assert processes[1 - which].returncode not in (0, None)
+  # Ours, or JAX's if that was faster.
+  assert "error: another process ended" in out or "another task died" in out
+
+
 @pytest.mark.slow
 def test_one_is_asked_to_stop_and_all_stop_at_the_same_step(
   alone, store, tmp_path

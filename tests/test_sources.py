@@ -244,6 +244,13 @@ def test_an_unreadable_file_is_an_error_even_when_skipping(tmp_path):
     list(documents)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(InputError, match=f"{name}.*: a pipe or a device"):
+    texts(tmp_path)
+
+
 # --- what is bad says where -------------------------------------------------
 
 # Kind of bad record: name, contents, where it is, what is said, good texts.

@@ -17,6 +17,7 @@ import importlib.util
 import io
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -119,7 +120,7 @@ def read(path: str) -> bytes:
     OSError: It can't be read.
   """
   if not is_remote(path):
-    with open(path, "rb") as file:
+    with open_here(path) as file:
       return file.read()
   with opened(path) as (fs, name):
     return fs.cat_file(name)
@@ -381,8 +382,33 @@ def open_reader(path: str) -> io.BufferedIOBase:
     OSError: Here or while reading: it isn't there, or can't be read.
   """
   if not is_remote(path):
-    return open(path, "rb")
+    return open_here(path)
   return io.BufferedReader(_Reader(path), 1 << 18)
+
+
+def open_here(path: str, buffering: int = -1) -> Any:
+  """Opens a file of this machine for reading, and nothing that isn't one.
+
+  A pipe that nobody writes to would be waited for, for ever.
+
+  Args:
+    path: Its name.
+    buffering: As of Python's own `open`.
+
+  Raises:
+    OSError: It isn't there, can't be read, or is a pipe or a device.
+  """
+
+  def opener(path: str, flags: int) -> int:
+    number = os.open(path, flags | os.O_NONBLOCK)  # says nothing to a file
+    mode = os.fstat(number).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+      os.close(number)
+      what = "a pipe or a device; copy what it has into a file"
+      raise OSError(errno.EINVAL, what, path)
+    return number
+
+  return open(path, "rb", buffering, opener=opener)
 
 
 class _Reader(io.RawIOBase):

@@ -34,7 +34,7 @@ _CHUNK = 16 << 20
 _MANIFEST = "manifest.json"
 _PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID")
 # Parts of a run that aren't copied here when a program begins.
-_STAY = ("checkpoints", "store", "store.partial", "tensorboard")
+_STAY = ("checkpoints", "stalls", "store", "store.partial", "tensorboard")
 
 
 def cache_folder() -> str:

@@ -23,6 +23,7 @@ from flaxmlm.models.model import Params
 from flaxmlm.storage import files, manifests, saves
 from flaxmlm.training import hosts
 from flaxmlm.training.step import State
+from flaxmlm.training.watchdog import Watch
 
 _SPARE_BYTES = 8 << 20  # beside the arrays, and for what else is written
 
@@ -54,6 +55,7 @@ class Saver:
     max_failures: int = 10,
     retry_seconds: float = 60.0,
     before: Callable[[], None] = lambda: None,
+    watch: Watch | None = None,
   ):
     """Makes the folder if it is missing.
 
@@ -68,6 +70,7 @@ class Saver:
       retry_seconds: How long to wait after one.
       before: Called by the first process before it saves; if it raises
         InputError, the run ends, and no failure is counted.
+      watch: Is told when something waits for a save, and how long saves take.
 
     Raises:
       InputError: The folder can't be made.
@@ -83,6 +86,7 @@ class Saver:
     self._max_failures = max_failures
     self._retry_seconds = retry_seconds
     self._before = before
+    self._watch = watch or Watch()
     self._thread: threading.Thread | None = None
     self._given_up = threading.Event()  # what the thread does counts no more
     self._whole = newest  # the newest step that is on the disk
@@ -106,6 +110,7 @@ class Saver:
       SaveError: It was one failure too many.
       InputError: Of `before`.
     """
+    self._watch.enter("save")
     self._settle()
     step = int(state.step)
     if step == self._whole:
@@ -175,9 +180,11 @@ class Saver:
     Raises:
       SaveError: It can't be saved.
     """
+    self._watch.enter("save")
     self._settle()
     while self._whole != int(state.step):
       if self._counted:
+        self._watch.enter("")
         time.sleep(self._retry_seconds)
       self.save(state, loss)
       self._settle()
@@ -234,6 +241,7 @@ class Saver:
       "arrays": describe(state),
       "run": self._record,
     }
+    began = time.perf_counter()
     response = ocp.save_async(_saving(self._directory, step), state._asdict())
     given_up = self._given_up = threading.Event()
 
@@ -242,6 +250,7 @@ class Saver:
         response.result()
         if jax.process_index() == 0 and not given_up.is_set():
           finish_step(self._directory, step, facts)
+        self._watch.ended("save", time.perf_counter() - began)
       except Exception as error:  # any, of a disk or a network
         if given_up.is_set():
           return

@@ -28,6 +28,8 @@ PROCESSES, PROCESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 METADATA = "GCE_METADATA_HOST"
 # How long the others wait while the first one prepares the text.
 _PATIENCE_SECONDS = 7 * 24 * 3600
+# One that doesn't say for so long that it lives has ended, or was stopped.
+_HEARTBEAT_SECONDS = 60
 # After the last meeting they all end within moments.
 _SHUTDOWN_SECONDS = 20
 
@@ -56,7 +58,10 @@ def join() -> tuple[int, int]:
 
   # It would catch SIGTERM, and do nothing, until the loop does.
   jax.config.update("jax_enable_preemption_service", False)
-  seconds = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
+  seconds = {
+    "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+    "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
+  }
   if given:
     jax.distributed.initialize(*_checked(given), **seconds)
   else:
@@ -161,6 +166,23 @@ def any_of(flag: bool) -> bool:
   from jax.experimental import multihost_utils
 
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def is_lost(error: Exception) -> bool:
+  """Whether an error says that another process is gone, as gloo and NCCL do."""
+  if isinstance(error, InputError) or not _has_others():
+    return False
+  text = str(error).lower()
+  return any(
+    word in text
+    for word in ("gloo", "nccl", "connection", "unavailable", "heartbeat")
+  )
+
+
+def _has_others() -> bool:
+  """Whether other processes were joined; JAX isn't imported for it."""
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized()
 
 
 def make_vote() -> Callable[[Sequence[int]], tuple[int, ...]]:

@@ -28,6 +28,7 @@ from flaxmlm.objectives.objective import Batch
 from flaxmlm.training import metrics
 from flaxmlm.training.checkpoints import Saver
 from flaxmlm.training.step import EvalStep, State, TrainStep
+from flaxmlm.training.watchdog import Watch
 
 
 class Schedule(NamedTuple):
@@ -66,6 +67,7 @@ def run(
   schedule: Schedule,
   cost: Cost,
   shares: Mapping[str, float],
+  watch: Watch,
 ) -> State:
   """Trains until the last step, or until it is asked to stop.
 
@@ -87,6 +89,7 @@ def run(
     schedule: When to log, evaluate, save and stop.
     cost: For throughput.
     shares: Weight of each task in the loss.
+    watch: Is told what goes on.
 
   Returns:
     The last state; its step is less than `schedule.steps` if it was asked to
@@ -132,7 +135,9 @@ def run(
       show.step(first, values)
     for step in range(first + 1, schedule.steps + 1):
       begin = time.perf_counter()
+      watch.enter("data", step)
       batch = batch_at(step - 1)
+      watch.enter("step")
       host += time.perf_counter() - begin
       state, sums = train_step(state, batch, key)
       window.append(sums)
@@ -192,7 +197,12 @@ def evaluate(
   is the cross-entropy of the same targets under the token frequencies of the
   training data: what is reached by knowing those alone.
   """
-  sums = metrics.add_up([eval_step(params, batch) for batch in batches])
+  every: list[Any] = []
+  for batch in batches:
+    every.append(eval_step(params, batch))
+    if len(every) > 2:  # no more in flight than in training
+      jax.block_until_ready(every[-3])
+  sums = metrics.add_up(every)
   values = metrics.means(sums, shares)
   unigram = sums["unigram"]
   values |= sums["counts"] | {
