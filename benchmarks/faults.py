@@ -311,7 +311,7 @@ def full_disks(folder: pathlib.Path, quick: bool) -> dict:
   figures = {}
   for kind in ("checkpoints", "workdir"):
     counts: Counter[str] = Counter()
-    while counts["full"] < (1 if quick else 10):
+    while counts["full"] < (1 if quick else 5):
       disk = folder / "disk"
       with faulty_runs.small_disk(disk, 64) as there:
         if not there:
@@ -339,7 +339,7 @@ def full_disks(folder: pathlib.Path, quick: bool) -> dict:
       disk.rmdir()
     figures[kind] = dict(counts)
   figures["store"] = faulty_runs.fill_stores(
-    world, folder / "store", draw, 2 if quick else 20
+    world, folder / "store", draw, 2 if quick else 10
   )
   return figures
 
@@ -374,7 +374,7 @@ def moves(folder: pathlib.Path, quick: bool) -> dict:
 
 
 def kill_loop(folder: pathlib.Path, quick: bool) -> dict:
-  """A run that is killed each 15 s for ten minutes.
+  """A run that is killed each 15 s or so for ten minutes.
 
   Goodput is what the run would have taken undisturbed, from its first step on,
   by what it took, less the time from each start to its first step.
@@ -395,7 +395,7 @@ def kill_loop(folder: pathlib.Path, quick: bool) -> dict:
     log=log,
   )
   whole = faulty_runs.run_whole(world, folder / "whole")
-  between = (7, 9) if quick else (10, 20)
+  between = (2, 4) if quick else (5, 12)
   workdir = folder / "run"
   lives = faulty_runs.kill_often(world, workdir, random.Random(), between)
   took = sum(life.seconds - life.start_seconds for life in lives)

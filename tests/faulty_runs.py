@@ -193,7 +193,12 @@ def result(workdir: pathlib.Path, world: World) -> dict[str, Any]:
   """What a run has come to: sha256 of its last state, and its metrics."""
   folder = str(workdir / "checkpoints" / str(world.steps))
   manifests.check(folder)
-  found = jax.tree_util.tree_flatten_with_path(ocp.load(folder))[0]
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    ocp.metadata(folder).metadata,
+  )
+  found = jax.tree_util.tree_flatten_with_path(ocp.load(folder, shapes))[0]
   digest = hashlib.sha256()
   for path, leaf in found:
     array = np.asarray(leaf)
@@ -293,27 +298,24 @@ def kill_often(
   """Kills a run again and again until it has come to its end.
 
   Args:
-    between: How long each life lasts, in seconds: at least, at most.
+    between: How long each life lasts after its first step, in seconds: at
+      least, at most.
   """
   lives, code = [], None
   while code != 0:
     before = last_saved(workdir)
     begin = time.perf_counter()
     [program] = start(world, f"--workdir={workdir}")
-    deadline, first = begin + draw.uniform(*between), None
-    code = None
-    while code is None and (now := time.perf_counter()) < deadline:
-      if first is None and program.last_step():
-        first = now
-      time.sleep(0.02)
-      code = program.process.poll()
+    wait_for_step(program)
+    first = time.perf_counter()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      program.end(draw.uniform(*between))
+    code = program.process.poll()
     if code is None:
       program.kill()
     assert code in (None, 0), program.printed()
-    seconds = time.perf_counter() - begin
-    until = seconds if first is None else first - begin
     steps = max(program.last_step() - before, 0)
-    lives.append(Life(seconds, until, steps))
+    lives.append(Life(time.perf_counter() - begin, first - begin, steps))
   return lives
 
 
