@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from http import HTTPStatus
@@ -156,6 +157,18 @@ def test_buckets_that_are_not_there(bucket):
     sources.find("gs://no-such-bucket/texts/*.txt")
   with pytest.raises(InputError, match="those of gs:// alone can be read"):
     sources.find("s4://bucket/texts")
+
+
+@pytest.mark.slow
+def test_a_bucket_that_does_not_answer_is_not_waited_for(bucket, monkeypatch):
+  monkeypatch.setattr(files, "_SILENCE_SECONDS", 0.2)
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    files.bucket_system.cache_clear()
+    with pytest.raises(InputError, match="bucket/texts: it doesn't answer"):
+      sources.find(f"{bucket}/texts")
+  files.bucket_system.cache_clear()
 
 
 def config(root, **values):

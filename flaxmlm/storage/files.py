@@ -15,6 +15,7 @@ import functools
 import glob
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import stat
@@ -25,6 +26,7 @@ from typing import IO, Any
 from flaxmlm import InputError
 
 _BLOCK = 8 << 20  # bytes that a reader asks a bucket for at once
+_SILENCE_SECONDS = 60  # of a bucket, before it is asked again
 AT_ONCE = 32  # files that are read from a bucket at the same time
 _MAGIC = "*?["
 
@@ -84,9 +86,18 @@ def bucket_system(protocol: str) -> Any:
     raise InputError(
       "gs://: what reads such paths is missing; pip install -e '.[gcs]'"
     )
+  import aiohttp
   import fsspec
 
-  return fsspec.filesystem(protocol, use_listings_cache=False)
+  # What goes wrong is raised; gcsfs would print it too.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  # Else it waits for ever. It tries six times.
+  silence = aiohttp.ClientTimeout(
+    sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS
+  )
+  return fsspec.filesystem(
+    protocol, use_listings_cache=False, requests_timeout=silence
+  )
 
 
 @contextlib.contextmanager
@@ -107,6 +118,8 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
     raise FileNotFoundError(errno.ENOENT, "not there", url) from error
   except FileExistsError as error:
     raise FileExistsError(errno.EEXIST, "there already", url) from error
+  except TimeoutError as error:
+    raise BucketError(errno.ETIMEDOUT, "it doesn't answer", url) from error
   except Exception as error:  # gcsfs has errors of many kinds
     what = str(error).strip() or type(error).__name__
     raise BucketError(errno.EIO, what.splitlines()[0], url) from error
