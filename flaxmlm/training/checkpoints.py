@@ -110,8 +110,11 @@ class Saver:
     step = int(state.step)
     if step == self._whole:
       return
+    again = self._counted and step == self._step
     self._step, self._reason = step, None
     self._told = self._counted = False
+    if again and hosts.any_of(self._is_there(state)):
+      return  # `_settle` counts it
     for part in (self._prepare, self._begin):
       try:
         part(state, loss)
@@ -217,6 +220,17 @@ class Saver:
     self._given_up.set()
     self._thread = None
     self._drop(self._step)  # others may have written since that was last done
+
+  def _is_there(self, state: State) -> bool:
+    """Whether what failed came after all; the first process says so."""
+    step = int(state.step)
+    if jax.process_index() != 0:
+      return False
+    try:
+      facts = manifests.check(f"{self._directory}/{step}")
+    except (manifests.BrokenError, OSError):
+      return False
+    return facts.get("step") == step and facts["arrays"] == describe(state)
 
   def _prepare(self, state: State, loss: float | None) -> None:
     """Raises an error if it can't be saved for sure."""
