@@ -253,6 +253,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     max_failures=c.checkpoint.max_failures,
     retry_seconds=c.checkpoint.retry_seconds,
     before=before_save,
+    check=lambda: check_claim(),  # which the first process alone has
   )
   if newest is not None:
     facts = manifests.read(f"{folder}/{newest}")

@@ -54,6 +54,7 @@ class Saver:
     max_failures: int = 10,
     retry_seconds: float = 60.0,
     before: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
   ):
     """Makes the folder if it is missing.
 
@@ -68,6 +69,8 @@ class Saver:
       retry_seconds: How long to wait after one.
       before: Called by the first process before it saves; if it raises
         InputError, the run ends, and no failure is counted.
+      check: Called by the first process, from any thread, before it seals or
+        removes a step; raises InputError if it no longer may.
 
     Raises:
       InputError: The folder can't be made.
@@ -83,6 +86,7 @@ class Saver:
     self._max_failures = max_failures
     self._retry_seconds = retry_seconds
     self._before = before
+    self._check = check
     self._thread: threading.Thread | None = None
     self._given_up = threading.Event()  # what the thread does counts no more
     self._whole = newest  # the newest step that is on the disk
@@ -255,6 +259,7 @@ class Saver:
       try:
         response.result()
         if jax.process_index() == 0 and not given_up.is_set():
+          self._check()
           finish_step(self._directory, step, facts)
       except Exception as error:  # any, of a disk or a network
         if given_up.is_set():
@@ -266,6 +271,7 @@ class Saver:
         return
       try:
         if jax.process_index() == 0:
+          self._check()
           saves.remove_old(self._directory, **self._retention)
       except Exception as error:
         _say(f"WARNING: an old checkpoint can't be removed: {_describe(error)}")
@@ -276,12 +282,19 @@ class Saver:
     self._thread.start()
 
   def _drop(self, step: int) -> None:
-    """Removes what a failed save has left, to make room."""
+    """Removes what a failed save has left, to make room.
+
+    In a bucket, where that has the step's own name, a sealed one stays: it came
+    after all, or is that of a process that has taken over.
+    """
     if jax.process_index() == 0:
       saving = _saving(self._directory, step)
+      remote = files.is_remote(saving)
       for path in (saving, f"{saving}.orbax-checkpoint-tmp"):
         try:
-          files.remove_folder(path)
+          self._check()
+          if not (remote and manifests.is_sealed(path)):
+            files.remove_folder(path)
         except Exception as error:
           _say(f"WARNING: {path} can't be removed: {_describe(error)}")
 
