@@ -136,7 +136,9 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   # The runs that this one goes on from, and itself.
   run, begun = c.train.continue_from, newest is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
-  if process == 0 and not begun:
+  other = phase.store != store.hash  # --allow=store
+  phase = phase._replace(store=store.hash)
+  if process == 0 and (other or not begun):
     chain.write_chain(workdir, [*before, phase])
     push(must=True)
 
@@ -269,17 +271,20 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       "version": versions.find(),
       "store": store.hash,
       "tokenizer": tokenizer.fingerprint,
+      "phase": phase.place,
     },
     max_failures=c.checkpoint.max_failures,
     retry_seconds=c.checkpoint.retry_seconds,
     before=before_save,
     watch=watch,
+    check=lambda: check_claim(),  # which the first process alone has
   )
   if processes == 1:  # of several, one may wait for others that are gone
     claims.callback(saver.wait)
   if newest is not None:
-    facts = manifests.read(f"{folder}/{newest}")
-    state = checkpoints.restore(folder, facts, shapes)
+    manifest = manifests.read(f"{folder}/{newest}")
+    chain.check_place(args.workdir, phase, manifest["run"].get("phase"))
+    state = checkpoints.restore(folder, manifest, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")
   elif run is not None:
     state = continue_from(run, shapes, mesh, print, step=phase.first_step)
@@ -652,9 +657,7 @@ def check_tokenizer(c: ConfigDict) -> None:
 def write_text(path: str, text: str) -> None:
   """Writes a file that is there whole or not at all."""
   with files.named(path):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-      file.write(text)
-    os.replace(path + ".tmp", path)
+    files.write(path, text.encode(), sync=True)
 
 
 def open_data(

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, cut off, or have no room."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -265,6 +266,38 @@ def test_a_disk_that_fills_up_during_a_save(how, tmp_path, monkeypatch, capsys):
     save(folder, 5, newest=1, keep=1)
     assert_whole(folder, 5)
     assert os.listdir(folder) == ["5"]
+
+
+def test_a_step_that_came_though_its_save_failed_counts(
+  tmp_path, monkeypatch, capsys
+):
+  saver = save(tmp_path, 1, max_failures=2, retry_seconds=0.0)
+  publish = saves.publish
+
+  def fail_late(*args) -> None:
+    publish(*args)
+    raise OSError("no answer")
+
+  monkeypatch.setattr(saves, "publish", fail_late)
+  saver.close(state(2), None)
+  assert "no checkpoint of step 2: no answer" in capsys.readouterr().err
+  assert_whole(tmp_path, 2)
+  monkeypatch.undo()
+  saver.close(state(3), None)
+  assert saves.list_steps(str(tmp_path)) == [1, 2, 3]
+
+
+def test_a_file_system_that_cant_flush_folders_will_do(tmp_path, monkeypatch):
+  fsync = os.fsync
+
+  def refuse(number: int) -> None:
+    if os.path.isdir(f"/proc/self/fd/{number}"):
+      raise OSError(errno.EINVAL, "Invalid argument")
+    fsync(number)
+
+  monkeypatch.setattr(os, "fsync", refuse)
+  save(tmp_path, 1, max_failures=1)
+  assert_whole(tmp_path, 1)
 
 
 def test_a_success_in_between_starts_the_count_again(tmp_path):

@@ -12,10 +12,12 @@ import time
 
 import pytest
 from conftest import ROOT, environment, lines, program
+from saved_steps import state
 
 from flaxmlm import InputError
 from flaxmlm.data.store import open_store
 from flaxmlm.storage import files, lease, manifests, remote, saves
+from flaxmlm.training import checkpoints
 
 ARGS = [
   "--config=configs/quickstart.py",
@@ -448,6 +450,59 @@ def test_a_damaged_step_in_a_bucket_is_set_aside(bucket, tmp_path):
   assert names == ["1", "2", "3.broken"]
   assert saves.remove_old(folder, keep=1, best=0, every=0) == [1]
   assert saves.list_steps(folder) == [2]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_who_has_lost_the_lease_removes_no_step_of_its_successor(
+  bucket, tmp_path, monkeypatch, learns
+):
+  """Also if it can't learn of that, since the bucket doesn't answer."""
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  lost = False
+
+  def check() -> None:
+    if lost and learns:
+      raise InputError("another process has taken over")
+
+  def seal(step: int) -> None:
+    files.write(f"{folder}/{step}/array", b"all")
+    manifests.seal(f"{folder}/{step}", {"step": step, "loss": None})
+
+  class Woken:
+    def result(self) -> None:
+      nonlocal lost
+      seal(2)
+      lost = True
+      raise OSError("suspended for minutes")
+
+  seal(1)
+  saver = checkpoints.Saver(folder, newest=1, keep=1, check=check)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.ocp, "save_async", lambda *args: Woken())
+    saver.save(state(2), None)
+    saver.wait()
+  assert saver.failed() == 2
+  for step in (1, 2):
+    assert manifests.check(f"{folder}/{step}")["step"] == step
+
+
+def test_who_loses_the_lease_in_a_save_seals_and_removes_nothing(
+  bucket, tmp_path
+):
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  files.write(f"{folder}/1/array", b"all")
+  manifests.seal(f"{folder}/1", {"step": 1, "loss": None})
+
+  def check() -> None:
+    raise InputError("another process has taken over")
+
+  saver = checkpoints.Saver(folder, newest=1, keep=1, check=check)
+  saver.save(state(2), None)
+  saver.wait()
+  assert saver.failed() == 2
+  assert saves.list_steps(folder) == [1, 2]
+  assert not manifests.is_sealed(f"{folder}/2")
+  assert manifests.check(f"{folder}/1")["step"] == 1
 
 
 def test_a_bucket_with_nothing_but_a_save_that_was_cut_off(bucket, tmp_path):

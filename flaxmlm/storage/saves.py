@@ -151,11 +151,7 @@ def _set_aside(folder: str, step: int) -> str:
 def publish(folder: str, step: int) -> None:
   """Gives STEP.saving, which is sealed, its name."""
   os.rename(f"{folder}/{step}.saving", f"{folder}/{step}")
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  files.sync_folder(folder)
 
 
 def choose(

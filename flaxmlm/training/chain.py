@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
-from flaxmlm.storage import remote
+from flaxmlm.storage import files, remote
 
 FILE = "chain.json"
 
@@ -66,6 +66,15 @@ class Phase(NamedTuple):
     """Row use of step 0, were all steps like this phase's; see `batches.at`."""
     before = self.first_step * self.config["train"]["batch_size"]
     return self.first_row - before
+
+  @property
+  def place(self) -> dict[str, int]:
+    """Where it begins in the chain, as its checkpoints note it."""
+    return {
+      "first_step": self.first_step,
+      "first_row": self.first_row,
+      "row_offset": self.row_offset,
+    }
 
 
 def read_chain(workdir: str) -> list[Phase]:
@@ -139,10 +148,32 @@ def find_chain(
 
 def write_chain(workdir: str, phases: list[Phase]) -> None:
   """Writes the chain of a run."""
-  path = os.path.join(workdir, FILE)
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    json.dump([phase._asdict() for phase in phases], file, indent=2)
-  os.replace(path + ".tmp", path)
+  text = json.dumps([phase._asdict() for phase in phases], indent=2)
+  files.write(os.path.join(workdir, FILE), text.encode(), sync=True)
+
+
+def check_place(
+  workdir: str, phase: Phase, noted: Mapping[str, int] | None
+) -> None:
+  """Raises InputError if a run's checkpoint is of another place in the chain.
+
+  Args:
+    workdir: Of the run.
+    phase: The run, as its chain has it.
+    noted: Its `place` as the checkpoint has it; None in those of before that
+      was noted.
+  """
+  changed = [
+    f"{name}: {noted[name]} -> {value}"
+    for name, value in phase.place.items()
+    if noted is not None and noted[name] != value
+  ]
+  if changed:
+    raise InputError(
+      f"{workdir}/{FILE} is missing, or isn't that of the newest checkpoint:"
+      f" {'; '.join(changed)}; bring it back, or the rows would come in another"
+      " order"
+    )
 
 
 def newest_step(workdir: str) -> int | None:

@@ -56,6 +56,7 @@ class Saver:
     retry_seconds: float = 60.0,
     before: Callable[[], None] = lambda: None,
     watch: Watch | None = None,
+    check: Callable[[], None] = lambda: None,
   ):
     """Makes the folder if it is missing.
 
@@ -71,6 +72,8 @@ class Saver:
       before: Called by the first process before it saves; if it raises
         InputError, the run ends, and no failure is counted.
       watch: Is told when something waits for a save, and how long saves take.
+      check: Called by the first process, from any thread, before it seals or
+        removes a step; raises InputError if it no longer may.
 
     Raises:
       InputError: The folder can't be made.
@@ -87,6 +90,7 @@ class Saver:
     self._retry_seconds = retry_seconds
     self._before = before
     self._watch = watch or Watch()
+    self._check = check
     self._thread: threading.Thread | None = None
     self._given_up = threading.Event()  # what the thread does counts no more
     self._whole = newest  # the newest step that is on the disk
@@ -115,8 +119,11 @@ class Saver:
     step = int(state.step)
     if step == self._whole:
       return
+    again = self._counted and step == self._step
     self._step, self._reason = step, None
     self._told = self._counted = False
+    if again and hosts.any_of(self._is_there(state)):
+      return  # `_settle` counts it
     for part in (self._prepare, self._begin):
       try:
         part(state, loss)
@@ -225,6 +232,17 @@ class Saver:
     self._thread = None
     self._drop(self._step)  # others may have written since that was last done
 
+  def _is_there(self, state: State) -> bool:
+    """Whether what failed came after all; the first process says so."""
+    step = int(state.step)
+    if jax.process_index() != 0:
+      return False
+    try:
+      facts = manifests.check(f"{self._directory}/{step}")
+    except (manifests.BrokenError, OSError):
+      return False
+    return facts.get("step") == step and facts["arrays"] == describe(state)
+
   def _prepare(self, state: State, loss: float | None) -> None:
     """Raises an error if it can't be saved for sure."""
     if jax.process_index() == 0:
@@ -249,6 +267,7 @@ class Saver:
       try:
         response.result()
         if jax.process_index() == 0 and not given_up.is_set():
+          self._check()
           finish_step(self._directory, step, facts)
         self._watch.ended("save", time.perf_counter() - began)
       except Exception as error:  # any, of a disk or a network
@@ -261,6 +280,7 @@ class Saver:
         return
       try:
         if jax.process_index() == 0:
+          self._check()
           saves.remove_old(self._directory, **self._retention)
       except Exception as error:
         _say(f"WARNING: an old checkpoint can't be removed: {_describe(error)}")
@@ -271,12 +291,19 @@ class Saver:
     self._thread.start()
 
   def _drop(self, step: int) -> None:
-    """Removes what a failed save has left, to make room."""
+    """Removes what a failed save has left, to make room.
+
+    In a bucket, where that has the step's own name, a sealed one stays: it came
+    after all, or is that of a process that has taken over.
+    """
     if jax.process_index() == 0:
       saving = _saving(self._directory, step)
+      remote = files.is_remote(saving)
       for path in (saving, f"{saving}.orbax-checkpoint-tmp"):
         try:
-          files.remove_folder(path)
+          self._check()
+          if not (remote and manifests.is_sealed(path)):
+            files.remove_folder(path)
         except Exception as error:
           _say(f"WARNING: {path} can't be removed: {_describe(error)}")
 
