@@ -656,8 +656,7 @@ def check_tokenizer(c: ConfigDict) -> None:
 
 def write_text(path: str, text: str) -> None:
   """Writes a file that is there whole or not at all."""
-  with files.named(path):
-    files.write(path, text.encode(), sync=True)
+  files.write(path, text.encode(), sync=True)
 
 
 def open_data(

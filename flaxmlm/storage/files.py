@@ -189,7 +189,7 @@ def atomic_file(path: str, *, sync: bool = False) -> Iterator[IO[bytes]]:
     return
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"
   try:
-    with open(temporary, "xb") as file:
+    with named(path), open(temporary, "xb") as file:
       yield file
       if sync:
         file.flush()
