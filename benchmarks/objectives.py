@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import hbm, report
+from benchmarks import report
 from benchmarks.train_step import (
   SHAPES,
   SPECIALS,
@@ -34,6 +34,8 @@ from benchmarks.train_step import (
 )
 from flaxmlm import config, objectives
 from flaxmlm.objectives import Batch, hiding, replaced_token
+from flaxmlm.plan import ENVIRONMENT, find_devices
+from flaxmlm.planning import chips, hlo
 from flaxmlm.training import memory, sharding
 
 NAMES = (
@@ -83,16 +85,12 @@ def main() -> None:
 
 def compare_bytes(args: argparse.Namespace) -> None:
   """Prints the bytes of corruption beside those of a step, on a v5e."""
-  from jax.experimental import topologies
-
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name="v5e:2x2"
-  )
+  os.environ |= ENVIRONMENT
+  devices = find_devices(chips.parse_tpu("v5e:2x2"))[:1]
   rows = [
     {"shape": name} | row
     for name in ("bert_4x256_L128", "bert_4x256_L512")
-    for row in count_bytes(SHAPES[name], topology.devices[:1])
+    for row in count_bytes(SHAPES[name], devices)
   ]
   report.table(rows)
   report.finish(
@@ -101,17 +99,18 @@ def compare_bytes(args: argparse.Namespace) -> None:
 
 
 def count_bytes(
-  shape: Shape, chips: Sequence[jax.Device]
+  shape: Shape, devices: Sequence[jax.Device]
 ) -> Iterator[dict[str, Any]]:
   """Yields the bytes of each objective for rows of a shape."""
-  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=chips)
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=devices)
   place = sharding.batch_sharding(mesh)
 
   def moved(function: Any, *arguments: Any) -> float:
     text = function.lower(*arguments).compile().as_text()
-    return hbm.count_bytes(text, turns=shape.length) / 1e6
+    costs = hlo.costs(hlo.parse(text), turns=shape.length)
+    return sum(cost.bytes for cost in costs) / 1e6
 
-  step, make_arguments, _ = make_step(shape, "bfloat16", devices=chips)
+  step, make_arguments, _ = make_step(shape, "bfloat16", devices=devices)
   whole = moved(step, *make_arguments(shapes=True))
   keys, batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

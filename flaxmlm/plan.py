@@ -33,6 +33,16 @@ if TYPE_CHECKING:
   from flaxmlm.planning.chips import Slice
   from flaxmlm.planning.prediction import Measured
 
+# To be set before JAX is imported: it is to see no device of this machine, and
+# libtpu to ask no server for the TPU that it has not.
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  # Of some TPU; what is compiled for is said later. Without, libtpu complains.
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
+}
 # Ids of the special tokens: which they are costs nothing.
 _SPECIALS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT])\S* of ([\d.]+)([KMGT])")
@@ -74,22 +84,16 @@ def main(argv: list[str] | None = None) -> None:
   if (args.tpu is None) == (args.gpu is None):
     raise InputError("name the chips: --tpu=v5e:4x4 or --gpu=h100x8")
 
-  # Before JAX is imported, by what follows too: it is to see no device of this
-  # machine, and to ask no server for the TPU that it has not.
-  os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
-  }
+  os.environ |= ENVIRONMENT
   from flaxmlm.planning import chips
 
   chosen = chips.parse_tpu(args.tpu) if args.tpu else chips.parse_gpu(args.gpu)
   devices = find_devices(chosen)
   config.validate(c, devices=len(devices), sources=False)
   if args.search:
-    values = search(c, chosen, devices, args)
+    values = search(c, chosen, devices, price=args.price)
   else:
-    values = plan(c, chosen, devices, args)
+    values = plan(c, chosen, devices, price=args.price, where=args.where)
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(values, file, indent=2)
@@ -119,9 +123,16 @@ def find_devices(chosen: Slice) -> Sequence[jax.Device]:
     )
   from jax.experimental import topologies
 
+  # To JAX on a v4 or v5p, both cores of a chip are one device; libtpu has to be
+  # told so of a v4.
+  whole = chosen.name.startswith("v4:")
+  options = {"chip_config_name": "megacore"} if whole else {}
   try:
     return topologies.get_topology_desc(
-      platform="tpu", topology_name=chosen.name, num_slices=chosen.slices
+      platform="tpu",
+      topology_name=chosen.name,
+      num_slices=chosen.slices,
+      **options,
     ).devices
   except Exception as error:  # whatever the plugin raises, of its own kinds
     first = str(error).splitlines()[0]
@@ -129,7 +140,12 @@ def find_devices(chosen: Slice) -> Sequence[jax.Device]:
 
 
 def plan(
-  c: ConfigDict, chosen: Slice, devices: Sequence[jax.Device], args: Any
+  c: ConfigDict,
+  chosen: Slice,
+  devices: Sequence[jax.Device],
+  *,
+  price: float | None,
+  where: bool,
 ) -> dict[str, Any]:
   """Prints and returns what one config takes."""
   from flaxmlm.planning import hlo, prediction
@@ -138,7 +154,6 @@ def plan(
   print(
     f"{joined}{chosen.name}: {len(devices)} chips, {describe(c)}", flush=True
   )
-  formula, tokens = cost(c, devices)
   try:
     measured, program = compile_step(c, chosen, devices)
   except TooLargeError as error:
@@ -149,20 +164,12 @@ def plan(
     )
     found = find_fitting(c, chosen, devices)
     return {"fits": False, "memory_total": wanted, "would_fit": found}
-  values = prediction.predict(
-    measured,
-    chosen.chip,
-    chips=len(devices),
-    tokens=tokens,
-    formula=formula,
-    steps=c.train.steps,
-    price=args.price,
-  )
+  values = foresee(measured, c, chosen, devices, price)
   print_plan(values)
   if not values["fits"]:
     values["would_fit"] = find_fitting(c, chosen, devices)
-  if args.where:
-    own = tokens / len(devices)
+  if where:
+    own = c.data.row_length * c.train.batch_size / len(devices)
     rows = prediction.where(hlo.costs(program), own)
     print_where(rows, sum(row["cycles"] for row in rows))
     values["where"] = rows
@@ -177,12 +184,27 @@ def describe(c: ConfigDict) -> str:
   return " ".join(f"{key}={flat[key]}" for key in keys)
 
 
-def cost(c: ConfigDict, devices: Sequence[jax.Device]) -> tuple[float, int]:
-  """Returns FLOPs a token by the model's formula, and tokens of the batch."""
+def foresee(
+  measured: Measured,
+  c: ConfigDict,
+  chosen: Slice,
+  devices: Sequence[jax.Device],
+  price: float | None,
+) -> dict[str, Any]:
+  """Returns the figures of a config (`prediction.predict`)."""
+  from flaxmlm.planning import prediction
+
   parts = make(c, devices)[0]
   L = c.data.row_length
-  flops = parts.objective.flops(parts.model, L) / L
-  return flops, L * c.train.batch_size
+  return prediction.predict(
+    measured,
+    chosen.chip,
+    chips=len(devices),
+    tokens=L * c.train.batch_size,
+    formula=parts.objective.flops(parts.model, L) / L,
+    steps=c.train.steps,
+    price=price,
+  )
 
 
 def make(c: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, Any]:
@@ -296,12 +318,13 @@ def estimate(
     for n in (1, 2)
   )
   if c.model.layers <= long.model.layers:
-    return compile_step(c, chosen, devices)[0]
-  measured = prediction.extend(
-    compile_step(short, chosen, devices)[0],
-    compile_step(long, chosen, devices)[0],
-    layers=(period, 2 * period, c.model.layers),
-  )
+    measured = compile_step(c, chosen, devices)[0]
+  else:
+    measured = prediction.extend(
+      compile_step(short, chosen, devices)[0],
+      compile_step(long, chosen, devices)[0],
+      layers=(period, 2 * period, c.model.layers),
+    )
   used = sum(measured.memory.values())
   if used > chosen.chip.memory:
     raise TooLargeError(used, chosen.chip.memory)
@@ -345,12 +368,13 @@ def savings(
 
 
 def search(
-  c: ConfigDict, chosen: Slice, devices: Sequence[jax.Device], args: Any
+  c: ConfigDict,
+  chosen: Slice,
+  devices: Sequence[jax.Device],
+  *,
+  price: float | None,
 ) -> dict[str, Any]:
   """Prints and returns ways to run a config, the fastest first."""
-  from flaxmlm.planning import prediction
-
-  formula, tokens = cost(c, devices)
   found = []
   for keys in candidates(len(devices), c):
     for saving in _SAVINGS:
@@ -366,15 +390,7 @@ def search(
         size = error.args[0] / 2**30
         print(f"{describe(option)}: {size:.1f} GiB, too large", flush=True)
         continue
-      values = prediction.predict(
-        measured,
-        chosen.chip,
-        chips=len(devices),
-        tokens=tokens,
-        formula=formula,
-        steps=c.train.steps,
-        price=args.price,
-      )
+      values = foresee(measured, option, chosen, devices, price)
       found.append({"keys": tried} | values)
       break
   found.sort(key=lambda row: row["step_seconds"])
