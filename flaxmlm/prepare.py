@@ -324,7 +324,8 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
 def store_spec(config: ConfigDict, tokenizer: Tokenizer | None) -> dict:
   """Returns what a store's bytes depend on, by config key.
 
-  Files stand there by base name, size and sha256, so that a corpus may be
+  Files stand there by base name, size and, but for those of a bucket, sha256,
+  so that a corpus may be
   moved, and one that was changed is noticed. Hashes are remembered: see
   `storage.hashes`.
   """
@@ -365,24 +366,36 @@ def _differences(old: Mapping, new: Mapping) -> Iterator[str]:
   for name in dict.fromkeys([*old, *new]):
     a, b = old.get(name), new.get(name)
     if name in ("data.source", "data.validation_source"):
-      b = _as_noted(a, b)
+      a, b = _as_both_note(a, b)
     if a != b:
       yield f"{name}: {_difference(a, b)}"
 
 
-def _as_noted(old: list | None, new: list | None) -> list | None:
-  """Returns files without their sha256 where the old ones have none either.
+def _as_both_note(
+  old: list | None, new: list | None
+) -> tuple[list | None, list | None]:
+  """Returns files without their sha256 where one side has none.
 
-  Stores of before don't have them.
+  Stores of before don't have them, nor does text in a bucket.
   """
   if old is None or new is None or len(old) != len(new):
-    return new
-  return [
-    [c[: len(f)] for c, f in zip(b, a, strict=True)]
+    return old, new
+  both = [
+    _cut_alike(a, b)
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b)
-    else b
+    else (a, b)  # what isn't of files, or not of as many
     for a, b in zip(old, new, strict=True)
   ]
+  return [a for a, _ in both], [b for _, b in both]
+
+
+def _cut_alike(old: list[list], new: list[list]) -> tuple[list, list]:
+  """Returns two lists of files, each as long as the shorter of a pair."""
+  sizes = [min(len(a), len(b)) for a, b in zip(old, new, strict=True)]
+  return tuple(
+    [file[:size] for file, size in zip(files, sizes, strict=True)]
+    for files in (old, new)
+  )
 
 
 def summary(manifest: Mapping[str, Any]) -> dict[str, Any]:

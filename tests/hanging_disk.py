@@ -1,14 +1,16 @@
 """A disk that hangs: python hanging_disk.py FOLDER MOUNTPOINT, as root.
 
-Shows the files of a folder at another place, read-only, by Linux' FUSE. After
-SIGUSR1 nothing of them is in memory any more, and no read is answered. It ends
-when it is killed, and then reads fail. Numbers are those of linux/fuse.h, 7.23.
+Shows the files of a folder at another place, read-only, by Linux' FUSE. Once
+its standard input is closed, nothing of them stays in memory, and no read is
+answered. It ends when it is killed, and then reads fail. Numbers are those of
+linux/fuse.h, 7.23.
 """
 
 import contextlib
 import ctypes
 import errno
 import os
+import select
 import signal
 import struct
 import sys
@@ -28,7 +30,7 @@ def main(folder: str, mountpoint: str) -> None:
     raise OSError(ctypes.get_errno(), "can't be mounted", mountpoint)
   paths = [None, folder]  # by inode
 
-  def hang(number: int, frame: object) -> None:
+  def hang() -> None:
     for inode in range(1, len(paths)):
       body = struct.pack("<Qqq", inode, 0, -1)
       head = struct.pack("<IiQ", 16 + len(body), INVALIDATE, 0)
@@ -38,9 +40,11 @@ def main(folder: str, mountpoint: str) -> None:
     while True:
       signal.pause()
 
-  signal.signal(signal.SIGUSR1, hang)
   print("there", flush=True)
   while True:
+    # No request is in hand here: nobody waits whom nothing can kill.
+    if sys.stdin in select.select([device, sys.stdin], [], [])[0]:
+      hang()
     request = os.read(device, 1 << 20)
     _, opcode, unique, inode = struct.unpack_from("<IIQQ", request)
     if opcode in (FORGET, INTERRUPT, BATCH_FORGET):

@@ -154,6 +154,7 @@ def test_a_run_whose_store_hangs_is_ended(tmp_path):
   disk.mkdir()
   daemon = subprocess.Popen(
     [sys.executable, ROOT / "tests" / "hanging_disk.py", store, disk],
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
   )
@@ -176,7 +177,7 @@ def test_a_run_whose_store_hangs_is_ended(tmp_path):
       line = process.stdout.readline()
       assert line, said
       said += line
-    daemon.send_signal(signal.SIGUSR1)
+    daemon.stdin.close()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == STALLED, out
     last = out.splitlines()[-1]
@@ -184,8 +185,9 @@ def test_a_run_whose_store_hangs_is_ended(tmp_path):
     [path] = (workdir / "stalls").iterdir()
     assert 'data/batches.py", line' in path.read_text()
   finally:
-    daemon.kill()  # what still waits for the disk fails now
+    # What still waits for the disk fails now.
+    subprocess.run(["umount", "-f", "-l", disk], check=True)
+    daemon.kill()
     daemon.wait()
-    subprocess.run(["umount", "-l", disk], check=True)
     if process is not None:
       process.kill()

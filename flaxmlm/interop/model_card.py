@@ -173,7 +173,7 @@ def _texts(spec: Mapping[str, Any], shown: int = 5) -> str:
   """Returns the names of the files that a store was made of."""
   names = []
   for source in spec.get("data.source") or []:
-    names += [source] if isinstance(source, str) else [f for f, _ in source]
+    names += [source] if isinstance(source, str) else [f for f, *_ in source]
   if not names:
     return ""
   more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
