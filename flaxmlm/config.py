@@ -1227,6 +1227,9 @@ def run(main: Callable[[], None]) -> None:
     line = f"error: {error.filename}: {error.strerror}; it may do another time"
     print(line, file=sys.stderr, flush=True)
     _leave(1)
+  except BrokenPipeError:  # `| head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -1235,9 +1238,6 @@ def run(main: Callable[[], None]) -> None:
     _leave(1)
   except KeyboardInterrupt:
     sys.exit(130)
-  except BrokenPipeError:  # `| head` has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
 
 
 def _leave(code: int) -> NoReturn:

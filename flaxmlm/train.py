@@ -215,11 +215,11 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     check_claim()
     push(must=False)  # a checkpoint comes after what belongs to it
 
-  caught, notice = loop.catch_signals(), hosts.watch_preemption()
+  is_asked, notice = loop.catch_signals(), hosts.watch_preemption()
 
   def stop() -> bool:
     hours, limit = (time.perf_counter() - began) / 3600, c.train.max_hours
-    return bool(caught) or notice() or (limit is not None and hours > limit)
+    return is_asked() or notice() or (limit is not None and hours > limit)
 
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
