@@ -282,7 +282,13 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   if processes == 1:  # of several, one may wait for others that are gone
     claims.callback(saver.wait)
   if newest is not None:
-    manifest = manifests.read(f"{folder}/{newest}")
+    try:
+      manifest = manifests.read(f"{folder}/{newest}")
+    except manifests.BrokenError as error:
+      raise InputError(
+        f"{folder}/{newest}: {error}, though it was whole a moment ago; does"
+        " somebody else write there? The same line again looks anew"
+      ) from error
     chain.check_place(args.workdir, phase, manifest["run"].get("phase"))
     state = checkpoints.restore(folder, manifest, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")
