@@ -55,6 +55,16 @@ class Key(NamedTuple):
 # What `objective.name` may name: what hides tokens, and asks about pairs.
 TOKEN_OBJECTIVES = ("masked", "ngram", "replaced_token", "span", "whole_word")
 PAIR_OBJECTIVES = ("next_sentence", "sentence_order", "sentence_pair")
+# What is to be done about errors that aren't of a program's making.
+_OF_DISKS = {
+  errno.ENOSPC: "make room",
+  errno.EDQUOT: "make room",
+  errno.EACCES: "let this user there",
+  errno.EPERM: "let this user there",
+  errno.EROFS: "mount it to be written",
+  errno.EIO: "see to the disk",
+  errno.ESTALE: "mount it anew",
+}
 # What JAX holds in an integer and in a float, for keys without a range.
 _MOST_INT, _MOST_FLOAT = 2**31 - 1, 3e38
 _MAX_CONFIG = 1 << 20  # bytes of a JSON config
@@ -1210,8 +1220,8 @@ def check_file(name: str, path: str | None) -> None:
 def run(main: Callable[[], None]) -> None:
   """Runs a program's main; a user's mistake is one line and exit code 2.
 
-  A full disk, or a bucket that doesn't answer, is one line too, and exit code
-  1: another try may do.
+  A disk that is full, fails or may not be written, or a bucket that doesn't
+  answer, is one line too, and exit code 1: another try may do.
   """
   from flaxmlm.storage.files import BucketError
 
@@ -1227,17 +1237,17 @@ def run(main: Callable[[], None]) -> None:
     line = f"error: {error.filename}: {error.strerror}; it may do another time"
     print(line, file=sys.stderr, flush=True)
     _leave(1)
+  except BrokenPipeError:  # `| head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in _OF_DISKS:
       raise
-    line = f"error: {error}; make room, and start again"
+    line = f"error: {error}; {_OF_DISKS[error.errno]}, and start again"
     print(line, file=sys.stderr, flush=True)
     _leave(1)
   except KeyboardInterrupt:
     sys.exit(130)
-  except BrokenPipeError:  # `| head` has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
 
 
 def _leave(code: int) -> NoReturn:

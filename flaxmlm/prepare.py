@@ -243,6 +243,7 @@ def prepare_store(
       choose=choose,
     )
     _check_not_empty(manifest, config)
+    files.forget_texts()
     changed = list(_differences(spec, store_spec(config, named)))
     if changed:
       raise InputError(
@@ -324,8 +325,8 @@ def train_tokenizer(config: ConfigDict) -> Tokenizer:
 def store_spec(config: ConfigDict, tokenizer: Tokenizer | None) -> dict:
   """Returns what a store's bytes depend on, by config key.
 
-  Files stand there by base name, size and, but for those of a bucket, sha256,
-  so that a corpus may be
+  Files stand there by base name, size and sha256 (of those in a bucket, what it
+  notes of them), so that a corpus may be
   moved, and one that was changed is noticed. Hashes are remembered: see
   `storage.hashes`.
   """
@@ -374,9 +375,9 @@ def _differences(old: Mapping, new: Mapping) -> Iterator[str]:
 def _as_both_note(
   old: list | None, new: list | None
 ) -> tuple[list | None, list | None]:
-  """Returns files without their sha256 where one side has none.
+  """Returns files without their hashes where those can't be compared.
 
-  Stores of before don't have them, nor does text in a bucket.
+  Stores of before have none, and a bucket has hashes of another kind.
   """
   if old is None or new is None or len(old) != len(new):
     return old, new
@@ -390,12 +391,21 @@ def _as_both_note(
 
 
 def _cut_alike(old: list[list], new: list[list]) -> tuple[list, list]:
-  """Returns two lists of files, each as long as the shorter of a pair."""
-  sizes = [min(len(a), len(b)) for a, b in zip(old, new, strict=True)]
+  """Returns two lists of files, with hashes where both are of one kind."""
+  sizes = [
+    2 + (_hash_kind(a) == _hash_kind(b)) for a, b in zip(old, new, strict=True)
+  ]
   return tuple(
     [file[:size] for file, size in zip(files, sizes, strict=True)]
     for files in (old, new)
   )
+
+
+def _hash_kind(file: Sequence[Any]) -> str | None:
+  """Returns what kind of hash is noted of a file; None if there is none."""
+  if len(file) < 3 or not file[2]:
+    return None
+  return file[2].partition(" ")[0] if " " in file[2] else "sha256"
 
 
 def summary(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -525,8 +535,8 @@ def _source_spec(source: str | tuple[str, ...] | None) -> list | None:
 
   def entry(path: str) -> list:
     # A bucket's text isn't read an extra time.
-    digest = [digests[path]] if path in digests else []
-    return [os.path.basename(path), files.size_of(path), *digest]
+    digest = digests[path] if path in digests else files.noted_hash(path)
+    return [os.path.basename(path), files.size_of(path), digest]
 
   return [
     [entry(path) for path in paths] or spec

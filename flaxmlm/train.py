@@ -215,11 +215,11 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     check_claim()
     push(must=False)  # a checkpoint comes after what belongs to it
 
-  caught, notice = loop.catch_signals(), hosts.watch_preemption()
+  is_asked, notice = loop.catch_signals(), hosts.watch_preemption()
 
   def stop() -> bool:
     hours, limit = (time.perf_counter() - began) / 3600, c.train.max_hours
-    return bool(caught) or notice() or (limit is not None and hours > limit)
+    return is_asked() or notice() or (limit is not None and hours > limit)
 
   # The state: the newest checkpoint's, or a new one.
   init_key, step_key = run_keys(c.seed)
@@ -282,7 +282,13 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   if processes == 1:  # of several, one may wait for others that are gone
     claims.callback(saver.wait)
   if newest is not None:
-    manifest = manifests.read(f"{folder}/{newest}")
+    try:
+      manifest = manifests.read(f"{folder}/{newest}")
+    except manifests.BrokenError as error:
+      raise InputError(
+        f"{folder}/{newest}: {error}, though it was whole a moment ago; does"
+        " somebody else write there? The same line again looks anew"
+      ) from error
     chain.check_place(args.workdir, phase, manifest["run"].get("phase"))
     state = checkpoints.restore(folder, manifest, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")

@@ -20,7 +20,7 @@ from test_prepare import files_of, make_config, make_tokenizer, write_text
 
 from flaxmlm import InputError, prepare
 from flaxmlm import config as config_lib
-from flaxmlm.data import sources
+from flaxmlm.data import sources, store
 from flaxmlm.preparing import documents, shards
 from flaxmlm.storage import files, lease
 
@@ -178,7 +178,7 @@ def config(root, **values):
 
 
 def assert_same(*stores):
-  """Of one text, here and in a bucket, which notes no hashes of files."""
+  """Of one text, here and in a bucket, whose hashes are of another kind."""
   here, there = map(files_of, stores)
   assert here.pop("manifest.json") and there.pop("manifest.json")
   assert here == there
@@ -233,6 +233,34 @@ def test_the_same_store(texts, tmp_path, small, way, monkeypatch):
   c.data.cleaning.min_chars += 1
   with pytest.raises(InputError, match=f"{out}: holds the store of another"):
     prepare.prepare_store(c, out, progress=False, beam=beam)
+
+
+def test_text_that_changes_while_it_is_read_is_noticed(
+  bucket, tmp_path, small, monkeypatch
+):
+  url = f"{bucket}/{tmp_path.name}"
+  for name in "ab":
+    write_text(tmp_path / f"{name}.txt", 60, seed=ord(name))
+    files.copy_there(str(tmp_path / f"{name}.txt"), f"{url}/{name}.txt")
+  assemble, other = (
+    store.assemble,
+    files.read(f"{url}/b.txt").replace(b"a", b"e"),
+  )
+
+  def change(*arguments, **options):
+    files.write(f"{url}/b.txt", other)
+    return assemble(*arguments, **options)
+
+  c = make_config("", data__source=url)
+  with monkeypatch.context() as patch:
+    patch.setattr(store, "assemble", change)
+    with pytest.raises(InputError, match=r"changed while.*contents of b\.txt"):
+      prepare.prepare_store(c, str(tmp_path / "out"), progress=False)
+  prepare.prepare_store(c, str(tmp_path / "out"), progress=False)
+  files.write(f"{url}/a.txt", files.read(f"{url}/a.txt").lower())
+  files.forget_texts()
+  with pytest.raises(InputError, match=r"the contents of a\.txt"):
+    prepare.prepare_store(c, str(tmp_path / "out"), progress=False)
 
 
 def test_a_tokenizer_of_a_bucket_is_named_by_its_folder(

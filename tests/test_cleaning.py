@@ -268,6 +268,33 @@ def test_pages_may_nest_more_deeply_than_the_stack():
   assert clean(page, html=True) == "deep"
 
 
+@pytest.mark.parametrize(
+  "clutter",
+  [
+    "<svg>" + '<path d="M0 0h9"/>' * 5000 + "</svg>",
+    "<script>" + "if(a<b)c<d;" * 2500 + "</script>",
+    "<img><br>" * 20_000,
+  ],
+)
+def test_a_flat_page_keeps_its_paragraphs(clutter):
+  page = f"<p>One.</p>{clutter}<p>Two.</p>" * 2
+  assert clean(page, html=True).split("\n\n") == ["One.", "Two."] * 2
+
+
+@pytest.mark.parametrize(
+  "knot",
+  [
+    "<div>" * 20_000,
+    "<q><div></q>" * 20_000,
+    "".join(f"<font size={i}>" for i in range(2000)) + "<p>" * 2000,
+    "<x>" * 20_000 + "</y>" * 20_000,
+  ],
+)
+def test_what_would_take_the_square_is_read_without_structure(knot):
+  found = clean(f"<p>One.</p><i>t</i>wo{knot}", html=True)
+  assert found.split() == ["One.", "t", "wo"]
+
+
 # --- unwrap -----------------------------------------------------------------
 
 PROSE = (

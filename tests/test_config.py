@@ -1,5 +1,6 @@
 """Config: what is taken, what is refused, and in which words."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -246,3 +247,19 @@ def test_a_mistake_ends_with_code_2_before_jax_is_imported(tmp_path):
   assert done.returncode == 2
   assert errors == ["error: model.heads=3 doesn't divide model.width=128"]
   assert " jax" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("number", "remedy"),
+  [(errno.ENOSPC, "make room"), (errno.EACCES, "let this user there")]
+  + [(errno.EROFS, "mount it to be written"), (errno.EIO, "see to the disk")],
+)
+def test_what_a_disk_refuses_is_one_line(capsys, number, remedy):
+  def main():
+    raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+
+  with pytest.raises(SystemExit, match="1"):
+    config.run(main)
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "'runs/a/metrics.jsonl'" in error
+  assert error.endswith(f"; {remedy}, and start again\n")

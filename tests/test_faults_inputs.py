@@ -107,6 +107,33 @@ def test_what_is_too_long_is_a_bad_record(
   assert bad.count == 1
 
 
+@pytest.mark.parametrize(
+  ("name", "document", "data", "line", "after"),
+  [
+    ("a.txt", "line", "one\n{}\ntwo\n", 2, 3),
+    ("a.txt", "paragraph", "one\n\n{}\n\ntwo\n", 3, 5),
+    # Of lines that are short enough, but too many.
+    ("a.txt", "paragraph", "one\n\n8 chars.\n8 chars.\n9\n\ntwo", 3, 7),
+    ("a.jsonl", "file", '{{"text": "one"}}\n{}\n{{"text": "two"}}', 2, 3),
+    ("a.csv", "file", "text\none\n{}\ntwo\n", 3, 4),
+  ],
+)
+def test_what_follows_a_line_that_is_too_long_is_read(
+  tmp_path, monkeypatch, name, document, data, line, after
+):
+  monkeypatch.setattr(sources, "_MAX_TEXT", 10)
+  monkeypatch.setattr(sources, "_MAX_LINE", 40)
+  path = tmp_path / name
+  path.write_text(data.format("x" * 1000))
+  bad = sources.BadRecords()
+  options = {"document": document, "on_bad_record": "skip"}
+  found = list(sources.read([str(path)], **options, bad=bad))
+  assert [one.text for one in found] == ["one", "two"]
+  assert found[1].where == f"{path}:{after}"
+  [message] = bad.messages
+  assert bad.count == 1 and message.startswith(f"{path}:{line}: ")
+
+
 def test_marks_without_letters_take_no_square(tmp_path):
   """The order of marks is Unicode's, within each thousand."""
   marks = "\u0301\u0327" * 100_000  # some minutes, were they one run

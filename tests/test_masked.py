@@ -216,3 +216,14 @@ def test_likeliest_is_argmax_of_ties_too(dtype):
   want = logits.argmax(axis=-1) == targets
   assert 0 < want.sum() < 400
   assert (is_likeliest(logits, targets) == want).all()
+
+
+def test_likeliest_may_be_left_unrounded():
+  """XLA leaves out a rounding to bfloat16 and back, if it likes."""
+  random = np.random.default_rng(0)
+  exact = jnp.asarray(random.normal(size=(4000, 5)), jnp.float32)
+  rounded = jax.lax.reduce_precision(exact, 8, 7)
+  best = np.asarray(rounded).argmax(axis=-1)
+  targets = jnp.asarray(np.where(random.random(4000) < 0.5, best, 0))
+  got = jax.jit(lambda x: is_likeliest(x.astype(jnp.bfloat16), targets))(exact)
+  assert (got == (best == targets)).all()

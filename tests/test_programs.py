@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -42,6 +43,22 @@ def run(tmp_path_factory) -> pathlib.Path:
   assert f"step {STEPS}/{STEPS}" in out
   assert "report: " in out and "fill_mask" in out
   return workdir
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run(
+    [sys.executable, "-m", "flaxmlm.train", "--print_config", *SHORT[:1]]
+    + ["--workdir=runs/none"],
+    cwd=ROOT,
+    env=environment(),
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(writer)
+  assert done.returncode == 1 and done.stderr == ""
 
 
 def test_it_learns_and_writes_what_it_promises(run):

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import random
 import shutil
 import signal
@@ -128,6 +129,36 @@ def test_a_second_signal_ends_it_at_once(store, tmp_path):
   assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
   folder = str(workdir / "checkpoints")
   assert saves.find_newest(folder, strict=True, say=print)["step"] >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pipe", "pipe without a signal", "terminal"])
+def test_who_reads_the_output_goes(store, alone, tmp_path, kind):
+  workdir = tmp_path / "run"
+  reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+  line = [*ARGS, store, f"--workdir={workdir}", "--config.checkpoint.every=0"]
+  with open(tmp_path / "errors", "w+") as errors:
+    process = subprocess.Popen(
+      [sys.executable, "-m", "flaxmlm.train", *line],
+      cwd=ROOT,
+      env=environment(),
+      stdout=writer,
+      stderr=errors,
+    )
+    os.close(writer)
+    wait_for(workdir, 2, process)
+    os.close(reader)  # as `tee` does, of the same Ctrl-C
+    if kind != "pipe without a signal":
+      process.send_signal(signal.SIGINT)
+    code = process.wait(60)
+    errors.seek(0)
+    assert code == 0, errors.read()
+  done = lines(workdir / "metrics.jsonl")[-1]["step"]
+  assert done < STEPS
+  assert saves.list_steps(str(workdir / "checkpoints")) == [done]
+  out = program("train", *line)
+  assert f"going on after step {done} of {STEPS}" in out
+  assert_same(workdir, alone)
 
 
 @pytest.mark.slow

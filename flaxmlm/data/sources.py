@@ -336,10 +336,10 @@ def _file(
       for _, text in _decoded(path, encoding, _whole(path, encoding), report):
         yield path, (text,)
     elif kind == ".txt":
-      lines = _lines(path, encoding)
+      lines = _lines(path, encoding, report)
       blocks = lines
       if document == "paragraph":
-        blocks = _paragraphs(lines, path)
+        blocks = _paragraphs(lines, path, report)
       for number, text in _decoded(path, encoding, blocks, report):
         if len(text) > _MAX_TEXT:
           what = f"a document of more than {_MAX_TEXT:,} characters"
@@ -452,8 +452,12 @@ def _text(path: str, encoding: str) -> io.TextIOWrapper:
   return io.TextIOWrapper(_open(path), encoding, errors="surrogateescape")
 
 
-def _lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
+def _lines(
+  path: str, encoding: str, report: _Report
+) -> Iterator[tuple[int, str]]:
   """Yields number and text of each line, without its end.
+
+  One that is too long is reported.
 
   Raises:
     _Damage: The rest of the file can't be read.
@@ -463,10 +467,13 @@ def _lines(path: str, encoding: str) -> Iterator[tuple[int, str]]:
     with _text(path, encoding) as file:
       read_line = file.readline
       while line := read_line(_MAX_LINE + 1):
+        number += 1
         if len(line) > _MAX_LINE:
           what = f"a line of more than {_MAX_LINE:,} characters"
-          raise _Damage(f"{path}:{number + 1}", what, "cut it")
-        number += 1
+          report(f"{path}:{number}", what, "cut it")
+          while line and not line.endswith("\n"):
+            line = read_line(_MAX_LINE)
+          line = ""
         if number == 1:
           line = line.removeprefix("\ufeff")
         yield number, line.removesuffix("\n")
@@ -523,23 +530,29 @@ def _decoded(
 
 
 def _paragraphs(
-  lines: Iterable[tuple[int, str]], path: str
+  lines: Iterable[tuple[int, str]], path: str, report: _Report
 ) -> Iterator[tuple[int, str]]:
-  """Yields the first line's number and the text of each block of lines."""
+  """Yields the first line's number and the text of each block of lines.
+
+  One that is too long is reported.
+  """
   start = size = 0
   block: list[str] = []
   for number, line in lines:
     if line and not line.isspace():
-      if not block:
-        start, size = number, 0
-      block.append(line)
-      size += len(line)
-      if size > _MAX_TEXT:
+      if not size:
+        start = number
+      is_long, size = size > _MAX_TEXT, size + len(line)
+      if size <= _MAX_TEXT:
+        block.append(line)
+      elif not is_long:
         what = f"a paragraph of more than {_MAX_TEXT:,} characters"
-        raise _Damage(f"{path}:{start}", what, "cut it, or see data.document")
-    elif block:
-      yield start, "\n".join(block)
-      block = []
+        report(f"{path}:{start}", what, "cut it, or see data.document")
+        block = []
+    else:
+      if block:
+        yield start, "\n".join(block)
+      block, size = [], 0
   if block:
     yield start, "\n".join(block)
 
@@ -548,7 +561,9 @@ def _objects(
   path: str, encoding: str, report: _Report
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields where and content of a .jsonl file's objects."""
-  for number, line in _decoded(path, encoding, _lines(path, encoding), report):
+  for number, line in _decoded(
+    path, encoding, _lines(path, encoding, report), report
+  ):
     if not line or line.isspace():
       continue
     where = f"{path}:{number}"
@@ -633,7 +648,7 @@ def _table(
 
   def read_lines() -> Iterator[str]:
     nonlocal size
-    for _, line in _lines(path, encoding):
+    for _, line in _lines(path, encoding, report):
       size += len(line)
       if size > 2 * _MAX_LINE:
         what = f"a row of more than {2 * _MAX_LINE:,} characters"

@@ -64,12 +64,17 @@ def is_likeliest(
   takes: 1 for a target that has the largest logit, less one for each token
   before it that has it too.
   """
-  wide = logits.astype(jnp.float32)
+  wide = jax.lax.stop_gradient(logits).astype(jnp.float32)
+  most = wide.max(axis=-1, keepdims=True)
+  largest = wide == most
   if logits.dtype == jnp.bfloat16:
-    # XLA may keep float32 where bfloat16 is asked for: then the largest, found
-    # elsewhere, is rounded and they are not, and no target is ever it.
-    wide = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
-  largest = wide == wide.max(axis=-1, keepdims=True)
+    # XLA may keep float32 where bfloat16 is asked for: here, or where it finds
+    # the largest. What would be rounded to that is as large.
+    top = jax.lax.reduce_precision(most, exponent_bits=8, mantissa_bits=7)
+    below = jax.lax.nextafter(
+      top.astype(logits.dtype), logits.dtype.type("-inf")
+    )
+    largest = wide >= (top + below.astype(jnp.float32)) / 2
   tokens = _tokens(logits)
   own = targets[..., None]
   votes = (tokens == own).astype(jnp.float32) - (tokens < own)

@@ -307,7 +307,7 @@ def list_tree(folder: str) -> dict[str, int]:
   """Returns the size in bytes of each file under a folder, by its path."""
   folder = folder.rstrip("/")
   if is_remote(folder):
-    return _list(f"{folder}/")
+    return {url: size for url, (size, _) in _list(f"{folder}/").items()}
   paths = (
     os.path.join(root, name)
     for root, _, names in os.walk(folder)
@@ -323,7 +323,7 @@ def find_texts(pattern: str) -> Mapping[str, int]:
 
   As with files of this machine, `**` crosses folders, a folder is read with all
   below, and hidden files are left out. Asked for again in one process, it is
-  not listed again.
+  not listed again before `forget_texts`.
 
   Args:
     pattern: With `*`, `?` and `[…]` in parts of its path, or without.
@@ -337,12 +337,18 @@ def find_texts(pattern: str) -> Mapping[str, int]:
   pattern = pattern.rstrip("/")
   magic = min((i for i in map(pattern.find, _MAGIC) if i >= 0), default=None)
   every = _list(pattern[:magic])
-  sizes = {url: size for url, size in every.items() if fits(url, pattern)}
-  _SIZES.update(sizes)
-  return sizes
+  found = {url: facts for url, facts in every.items() if fits(url, pattern)}
+  _FOUND.update(found)
+  return {url: size for url, (size, _) in found.items()}
 
 
-_SIZES: dict[str, int] = {}  # of each file that has been found
+_FOUND: dict[str, tuple[int, str]] = {}  # what `_list` said of each file
+
+
+def forget_texts() -> None:
+  """Has the files of buckets listed again when they are asked for again."""
+  find_texts.cache_clear()
+  _FOUND.clear()
 
 
 def fits(path: str, pattern: str) -> bool:
@@ -381,9 +387,22 @@ def size_of(path: str) -> int:
   """
   if not is_remote(path):
     return os.path.getsize(path)
-  if path not in _SIZES and path not in find_texts(path):
+  return _facts_of(path)[0]
+
+
+def noted_hash(path: str) -> str:
+  """Returns what a bucket notes of a file's contents: "" if it notes nothing.
+
+  Raises:
+    OSError: It isn't there.
+  """
+  return _facts_of(path)[1]
+
+
+def _facts_of(path: str) -> tuple[int, str]:
+  if path not in _FOUND and path not in find_texts(path):
     raise FileNotFoundError(errno.ENOENT, "not there", path)
-  return _SIZES[path]
+  return _FOUND[path]
 
 
 def open_reader(path: str) -> io.BufferedIOBase:
@@ -458,8 +477,12 @@ class _Reader(io.RawIOBase):
     super().close()
 
 
-def _list(prefix: str) -> dict[str, int]:
-  """Returns the sizes of all files whose path begins in some way."""
+def _list(prefix: str) -> dict[str, tuple[int, str]]:
+  """Returns size and hash of all files whose path begins in some way.
+
+  Google Cloud Storage notes an MD5 of each file, but for those that were put
+  together of parts, of which it has a CRC32C alone.
+  """
   protocol, _, name = prefix.partition("://")
   prefix += "" if "/" in name else "/"
   folder, _, begin = prefix.rpartition("/")
@@ -468,10 +491,17 @@ def _list(prefix: str) -> dict[str, int]:
       found = fs.find(name, prefix=begin, detail=True)
     except FileNotFoundError:
       return {}
-  sizes = {
-    f"{protocol}://{path}": int(facts["size"])
+  files = {
+    f"{protocol}://{path}": (int(facts["size"]), _hash_in(facts))
     for path, facts in found.items()
     if facts["type"] == "file" and not path.endswith("/")
   }
   # Of what is no folder but a file, that itself is found.
-  return {url: size for url, size in sizes.items() if url.startswith(prefix)}
+  return {url: facts for url, facts in files.items() if url.startswith(prefix)}
+
+
+def _hash_in(facts: Mapping[str, Any]) -> str:
+  for name in ("md5Hash", "crc32c"):
+    if facts.get(name):
+      return f"{name} {facts[name]}"
+  return ""

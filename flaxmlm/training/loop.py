@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 from jaxtyping import Array, Key
@@ -234,11 +236,15 @@ def clock(seconds: float) -> str:
   return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-def catch_signals() -> list[int]:
-  """Returns a list that SIGINT and SIGTERM are added to, from now on.
+def catch_signals() -> Callable[[], bool]:
+  """Returns what says whether a signal came since, or the reader is gone.
 
-  A second one ends the process at once. What is being saved then is no
-  checkpoint yet, and the last one stays as it is.
+  Those are SIGINT and SIGTERM. A second one ends the process at once. What is
+  being saved then is no checkpoint yet, and the last one stays as it is.
+
+  The reader is who sees standard output and error: `| tee log` dies of the same
+  Ctrl-C as the run, a moment before or after, and terminals close. From now on
+  what nobody reads is thrown away, and is no error.
   """
   caught: list[int] = []
 
@@ -247,14 +253,62 @@ def catch_signals() -> list[int]:
       os._exit(128 + number)
     caught.append(number)
     # No print: that isn't safe in here.
-    os.write(
-      sys.stdout.fileno(),
-      b"stopping after this step; once more to stop at once\n",
-    )
+    with contextlib.suppress(OSError):
+      os.write(
+        sys.stdout.fileno(),
+        b"stopping after this step; once more to stop at once\n",
+      )
 
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, handle)
-  return caught
+  outputs: list[_Output] = []
+  for name in ("stdout", "stderr"):
+    stream = getattr(sys, name)
+    if stream is getattr(sys, f"__{name}__"):  # a notebook has its own
+      outputs.append(_Output(stream.fileno()))
+      setattr(sys, name, _replace(stream, outputs[-1]))
+  return lambda: bool(caught) or any(output.is_lost for output in outputs)
+
+
+class _Output(io.RawIOBase):
+  """A standard stream whose reader may go."""
+
+  def __init__(self, number: int):
+    self._number = number
+    self.is_lost = False
+
+  def writable(self) -> bool:
+    return True
+
+  def fileno(self) -> int:
+    return self._number
+
+  def isatty(self) -> bool:
+    return os.isatty(self._number)
+
+  def write(self, data: Any) -> int:
+    try:
+      return os.write(self._number, data)
+    except OSError as error:
+      # A pipe without a reader; a terminal that was closed.
+      if error.errno not in (errno.EPIPE, errno.EIO):
+        raise
+      self.is_lost = True
+      null = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(null, self._number)
+      os.close(null)
+      return len(data)
+
+
+def _replace(stream: TextIO, output: _Output) -> TextIO:
+  """Returns a stream like another one, that writes to an output."""
+  stream.flush()
+  return io.TextIOWrapper(
+    io.BufferedWriter(output),
+    stream.encoding,
+    stream.errors,
+    line_buffering=stream.line_buffering,
+  )
 
 
 class _Show(NamedTuple):
@@ -262,7 +316,7 @@ class _Show(NamedTuple):
   say: Callable[[str], None]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(first: int, steps: int, tasks: Sequence[str]) -> Iterator[_Show]:
   """Shows a bar on a terminal, and plain lines elsewhere."""
   if jax.process_index() != 0:
