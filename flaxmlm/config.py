@@ -154,6 +154,9 @@ KEYS: dict[str, Key] = {
   "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
   "train.max_hours": Key(None, float, "Stop after the step at which so much time has gone by since the start, as a signal does: saved, exit code 0, and the same line goes on. None: no limit.", unit="hours", low=0, optional=True),
+  "train.max_bad_steps": Key(10, int, "So many updates in a row that are skipped, for loss, gradient or update isn't finite, are too many.", unit="steps", low=1),
+  "train.on_divergence": Key("stop", str, "What then: `stop`, with exit code 1, or `rollback`: go on from the last checkpoint with the rows that come after the ones skipped. See docs/reliability.md.", choices=("stop", "rollback")),
+  "train.max_rollbacks": Key(3, int, "Rollbacks in the whole run before it stops nonetheless.", low=1),
 
   "mesh.data": Key(-1, int, "Devices along the data axis; -1: the rest.", unit="devices", low=-1),
   "mesh.fsdp": Key(1, int, "Devices that share one copy of the parameters; the batch is split over them too. -1: the rest.", unit="devices", low=-1),
@@ -202,6 +205,7 @@ FREE_ON_RESUME = (
   *("mesh", "eval", "checkpoint", "log"),
   *("model.attention", "model.remat", "model.scan_layers"),
   *("train.microbatches", "train.max_hours"),
+  *("train.max_bad_steps", "train.on_divergence", "train.max_rollbacks"),
   *("data.processes", "data.store", "data.tfds_dir"),
 )
 # What may be changed by naming it: arrays and the order of the rows stay.
@@ -633,6 +637,11 @@ def validate(
     c.optimizer.warmup_steps <= c.train.steps,
     f"optimizer.warmup_steps={c.optimizer.warmup_steps} is more than"
     f" train.steps={c.train.steps}",
+  )
+  need(
+    c.train.on_divergence == "stop" or c.checkpoint.every > 0,
+    "train.on_divergence=rollback wants checkpoints to go back to, and"
+    " checkpoint.every=0 has one at the end only",
   )
   best, evals = c.checkpoint.keep_best, c.eval.every
   need(

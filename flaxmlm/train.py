@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +101,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   from flaxmlm.training import (
     chain,
     checkpoints,
+    incidents,
     loop,
     metrics,
     report,
@@ -158,7 +160,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
         step=step,
         batch_size=B,
         weights=c.data.weights,
-        offset=phase.row_offset,
+        offset=phase.row_offset(step),
         others=others,
         shard=shard,
       )
@@ -255,8 +257,8 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     before=before_save,
   )
   if newest is not None:
-    facts = manifests.read(f"{folder}/{newest}")
-    state = checkpoints.restore(folder, facts, shapes)
+    found = manifests.read(f"{folder}/{newest}")
+    state = checkpoints.restore(folder, found, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")
   elif run is not None:
     state = continue_from(run, shapes, mesh, print, step=phase.first_step)
@@ -276,6 +278,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       state = state._replace(params=placed)
   if held is not None:
     held.close()
+  incidents.check_finite(state, f"the state after step {int(state.step):,}")
   first_guesses = []
   if not begun:
     first_guesses = guesses(state.params)
@@ -285,41 +288,89 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     with open(examples_path, encoding="utf-8") as file:
       first_guesses = json.load(file)
 
-  with contextlib.ExitStack() as stack:
-    write = metrics.discard
-    if process == 0:
-      step = int(state.step)
-      writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
-      write = stack.enter_context(writer).write
-    try:
-      state = loop.run(
-        state,
-        step_key,
-        train_step=train_step,
-        batch_at=batch_at,
-        evaluate=evaluate,
-        saver=saver,
-        write=write,
-        stop=stop,
-        vote=hosts.make_vote(),
-        schedule=loop.Schedule(
-          steps=c.train.steps,
-          log_every=c.log.every,
-          eval_every=c.eval.every,
-          save_every=c.checkpoint.every,
-          first=phase.first_step,
-        ),
-        cost=loop.Cost(
-          tokens=B * L,
-          flops=flops,
-          peak=peak,
-          tokens_before=sum(phase.tokens for phase in before),
-        ),
-        shares=objective.shares,
-      )
-    except checkpoints.SaveError as error:
-      warn(f"error: {error}; once it can be saved, the same line again goes on")
+  tell = metrics.discard
+  if process == 0:
+    tell = incidents.open_book(workdir, anew=not begun, say=warn)
+
+  def note(incident: Mapping[str, Any]) -> None:
+    step, back = incident["step"] - 1, len(phase.skips)
+    first = phase.row_offset(step) + step * B
+    preview = (
+      f"--workdir={remote.origin(workdir) or args.workdir}",
+      *(f"--steps={step}:{step + 1}", f"--rows={B}", f"--rollbacks={back}"),
+    )
+    more = {
+      "examples": f"{first}:{first + B}",
+      "rollbacks": back,
+      "preview": shlex.join(["python", "-m", "flaxmlm.preview", *preview]),
+    }
+    tell({**incident, **more})
+
+  while True:
+    diverged = None
+    with contextlib.ExitStack() as stack:
+      write = metrics.discard
+      if process == 0:
+        step = int(state.step)
+        writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
+        write = stack.enter_context(writer).write
+      try:
+        state = loop.run(
+          state,
+          step_key,
+          train_step=train_step,
+          batch_at=batch_at,
+          evaluate=evaluate,
+          saver=saver,
+          watch=incidents.Watch(
+            limit=c.train.max_bad_steps, shares=objective.shares, tell=note
+          ),
+          write=write,
+          stop=stop,
+          vote=hosts.make_vote(),
+          schedule=loop.Schedule(
+            steps=c.train.steps,
+            log_every=c.log.every,
+            eval_every=c.eval.every,
+            save_every=c.checkpoint.every,
+            first=phase.first_step,
+          ),
+          cost=loop.Cost(
+            tokens=B * L,
+            flops=flops,
+            peak=peak,
+            tokens_before=sum(phase.tokens for phase in before),
+          ),
+          shares=objective.shares,
+        )
+        break
+      except incidents.DivergedError as error:
+        # Without what it holds on to, the state among it.
+        diverged = error.with_traceback(None)
+        newest = saver.newest()
+      except checkpoints.SaveError as error:
+        warn(
+          f"error: {error}; once it can be saved, the same line again goes on"
+        )
+        sys.exit(1)
+    refused = check_rollback(c, folder, newest, len(phase.skips))
+    if refused is not None:
+      note({"step": diverged.step, "kind": "stop", "why": diverged.why})
+      if process == 0:
+        push(must=False)
+        warn(f"error: {diverged}; {refused}")
       sys.exit(1)
+    # Back, and past the rows of the steps that led here.
+    rows = (diverged.step - newest) * B
+    note(
+      {"step": diverged.step, "kind": "rollback", "to": newest, "rows": rows}
+    )
+    phase = phase._replace(skips=[*phase.skips, (newest, rows)])
+    if process == 0:
+      chain.write_skips(workdir, phase)
+      push(must=True)
+    found = manifests.read(f"{folder}/{newest}")
+    state = checkpoints.restore(folder, found, shapes)
 
   # The page, and what to do next.
   after = guesses(state.params)
@@ -399,6 +450,47 @@ def make_parts(c: ConfigDict, vocab: Mapping[str, Any], mesh: Mesh) -> Parts:
     microbatches=c.train.microbatches,
   )
   return Parts(model, objective, init, state_sharding, train_step)
+
+
+def check_rollback(
+  c: ConfigDict, folder: str, newest: int | None, rollbacks: int
+) -> str | None:
+  """Returns why a run can't go back to its newest checkpoint, and what to do.
+
+  Args:
+    c: The config.
+    folder: Of the checkpoints.
+    newest: The newest step there; None: there is none.
+    rollbacks: How often it has gone back.
+
+  Returns:
+    None if it can: it is to, and the checkpoint is whole.
+  """
+  import jax
+
+  if newest is None:
+    return (
+      "there is no checkpoint to go back to: begin again, with a lower"
+      " optimizer.peak_lr"
+    )
+  there = (
+    f"the checkpoint of step {newest:,} is there: go on from it with a lower"
+    " optimizer.peak_lr and --allow=optimizer.peak_lr"
+  )
+  if c.train.on_divergence != "rollback":
+    return f"{there}, or with train.on_divergence=rollback"
+  most = c.train.max_rollbacks
+  if rollbacks >= most:
+    return f"the run has gone back train.max_rollbacks={most} times; {there}"
+  broken = None
+  if jax.process_index() == 0:
+    try:
+      manifests.check(f"{folder}/{newest}")
+    except (manifests.BrokenError, OSError) as error:
+      broken = str(error)
+  if hosts.any_of(broken is not None):
+    return f"{folder}/{newest}: {broken or 'damaged'}; start again, as before"
+  return None
 
 
 def check_allowed(allow: Sequence[str]) -> None:

@@ -1,21 +1,25 @@
-"""The runs that a run goes on from: WORKDIR/chain.json.
+"""The runs that a run goes on from: WORKDIR/chain.json; and its rollbacks.
 
 Each run of a chain is a phase: a config and a workdir of its own. Steps are
 counted through the whole chain. The file is written once, before the first step
 of a phase, and is all that it needs of the others from then on.
+
+A run that goes back to a checkpoint of its own, to go on from there with other
+rows, notes that in WORKDIR/rollbacks.json before it does.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
 from flaxmlm.storage import remote
 
 FILE = "chain.json"
+ROLLBACKS = "rollbacks.json"
 
 
 class Phase(NamedTuple):
@@ -30,6 +34,8 @@ class Phase(NamedTuple):
     last_step: Steps done at its end, or until now.
     first_row: Row uses of its order of the data that all phases before it
       made.
+    skips: (step, rows): from that step on so many row uses were left out, once
+      for each rollback.
   """
 
   workdir: str
@@ -38,6 +44,7 @@ class Phase(NamedTuple):
   first_step: int
   last_step: int
   first_row: int
+  skips: Sequence[Sequence[int]] = ()
 
   @property
   def steps(self) -> int:
@@ -61,11 +68,11 @@ class Phase(NamedTuple):
     weights = tuple(data.get("weights", ()))
     return self.store, self.config["seed"], data["row_length"], weights
 
-  @property
-  def row_offset(self) -> int:
-    """Row use of step 0, were all steps like this phase's; see `batches.at`."""
+  def row_offset(self, step: int) -> int:
+    """Row use of step 0, were all steps like this one; see `batches.at`."""
     before = self.first_step * self.config["train"]["batch_size"]
-    return self.first_row - before
+    skipped = sum(rows for first, rows in self.skips if first <= step)
+    return self.first_row - before + skipped
 
 
 def read_chain(workdir: str) -> list[Phase]:
@@ -77,17 +84,18 @@ def read_chain(workdir: str) -> list[Phase]:
   here = remote.localize(workdir)
   try:
     *before, own = _read_phases(here)
+    skips = _read_skips(here)
     for phase in (*before, own):
       _ = phase.tokens, phase.order  # all that they are asked
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise InputError(
-      f"{workdir}: {FILE}, config.json or store.json isn't what a run writes"
-      f" ({type(error).__name__}: {error})"
+      f"{workdir}: {FILE}, {ROLLBACKS}, config.json or store.json isn't what a"
+      f" run writes ({type(error).__name__}: {error})"
     ) from error
   step = newest_step(here)
   step = own.first_step if step is None else step
   name = remote.origin(here) or workdir
-  return [*before, own._replace(workdir=name, last_step=step)]
+  return [*before, own._replace(workdir=name, last_step=step, skips=skips)]
 
 
 def _read_phases(workdir: str) -> list[Phase]:
@@ -106,6 +114,15 @@ def _read_phases(workdir: str) -> list[Phase]:
     read("store.json")["manifest_sha256"] if is_there("store.json") else None
   )
   return [Phase(workdir, read("config.json"), store, 0, 0, 0)]
+
+
+def _read_skips(workdir: str) -> list[tuple[int, int]]:
+  """Returns the `Phase.skips` of a run's own phase."""
+  try:
+    with open(os.path.join(workdir, ROLLBACKS), encoding="utf-8") as file:
+      return [(int(one["step"]), int(one["rows"])) for one in json.load(file)]
+  except FileNotFoundError:
+    return []
 
 
 def find_chain(
@@ -133,15 +150,32 @@ def find_chain(
   own = Phase(name, dict(config), store, step, step, 0)
   alike = [phase for phase in before if phase.order == own.order]
   if alike:
-    own = own._replace(first_row=alike[-1].first_row + alike[-1].rows)
+    last = alike[-1]
+    skipped = sum(rows for _, rows in last.skips)
+    own = own._replace(first_row=last.first_row + last.rows + skipped)
   return [*before, own]
 
 
 def write_chain(workdir: str, phases: list[Phase]) -> None:
-  """Writes the chain of a run."""
-  path = os.path.join(workdir, FILE)
+  """Writes the chain of a run that begins, and has not gone back yet."""
+  _write(workdir, FILE, [phase._asdict() for phase in phases])
+  if os.path.exists(os.path.join(workdir, ROLLBACKS)):  # of one that was here
+    write_skips(workdir, phases[-1])
+
+
+def write_skips(workdir: str, phase: Phase) -> None:
+  """Writes a run's rollbacks, which are on the disk then."""
+  names = ("step", "rows")
+  values = [dict(zip(names, one, strict=True)) for one in phase.skips]
+  _write(workdir, ROLLBACKS, values)
+
+
+def _write(workdir: str, name: str, values: Any) -> None:
+  path = os.path.join(workdir, name)
   with open(path + ".tmp", "w", encoding="utf-8") as file:
-    json.dump([phase._asdict() for phase in phases], file, indent=2)
+    json.dump(values, file, indent=2)
+    file.flush()
+    os.fsync(file.fileno())
   os.replace(path + ".tmp", path)
 
 

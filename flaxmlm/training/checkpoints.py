@@ -174,6 +174,17 @@ class Saver:
       self.save(state, loss)
       self._settle()
 
+  def newest(self) -> int | None:
+    """Waits for the save before; returns the newest step that is on the disk.
+
+    All processes have to ask, and are answered the same.
+    """
+    try:
+      self._settle()
+    except SaveError as error:
+      _say(f"WARNING: {error}")
+    return self._whole
+
   def wait(self) -> None:
     """Waits until nothing is being saved."""
     if self._thread is not None:

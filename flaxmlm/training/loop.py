@@ -27,6 +27,7 @@ from flaxmlm.models.model import Params
 from flaxmlm.objectives.objective import Batch
 from flaxmlm.training import metrics
 from flaxmlm.training.checkpoints import Saver
+from flaxmlm.training.incidents import Watch
 from flaxmlm.training.step import EvalStep, State, TrainStep
 
 
@@ -60,6 +61,7 @@ def run(
   batch_at: Callable[[int], Batch],
   evaluate: Callable[[Params], dict[str, float]],
   saver: Saver,
+  watch: Watch,
   write: Callable[[int, dict[str, float]], None],
   stop: Callable[[], bool],
   vote: Callable[[Sequence[bool]], tuple[bool, ...]],
@@ -72,7 +74,9 @@ def run(
   At most two steps are in flight: while the device computes one, the host has
   read and sent the next. Only to log, evaluate or save is the newest step
   waited for. The metrics of a line are means over the steps since the line
-  before it; a resumed run's first line begins at its checkpoint.
+  before it, without those whose update was skipped; a resumed run's first line
+  begins at its checkpoint. While updates are skipped nothing is saved, unless
+  it is asked to stop.
 
   Args:
     state: Where to begin; donated.
@@ -81,6 +85,7 @@ def run(
     batch_at: Returns a step's batch, on the devices.
     evaluate: Returns metrics of the validation split.
     saver: Saves states in the background.
+    watch: Looks for updates that were skipped.
     write: Writes metrics of a step.
     stop: Returns whether this process is asked to stop.
     vote: Returns what any process says: `hosts.make_vote`'s.
@@ -94,6 +99,7 @@ def run(
 
   Raises:
     SaveError: It can't be saved any more.
+    DivergedError: Of `watch`.
   """
   first = int(state.step)
   window: list[Any] = []  # sums of the steps since the last report
@@ -105,10 +111,19 @@ def run(
   def report(step: int) -> dict[str, float]:
     """Writes the means over the window, all of whose steps have ended."""
     nonlocal mark, timed, host, paused
-    sums = metrics.add_up(window)
-    means = metrics.means(sums, shares)
-    means |= {name: v / len(window) for name, v in sums["step"].items()}
-    values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
+    watch.settle()
+    every = jax.device_get(window)
+    good = [sums for sums in every if not sums["step"]["skipped"]]
+    values = {}
+    if good:
+      sums = metrics.add_up(good)
+      means = metrics.means(sums, shares)
+      means |= {name: v / len(good) for name, v in sums["step"].items()}
+      values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
+    values["train/skipped"] = float(len(every) - len(good))
+    spikes = watch.find_spikes(step - len(every) + 1, every)
+    values["train/loss_spikes"] = float(spikes)
+    values["train/largest_parameter"] = watch.measure(step, state.params)
     own = (step - schedule.first) * cost.tokens
     values["train/tokens"] = float(cost.tokens_before + own)
     now = time.perf_counter()
@@ -124,7 +139,7 @@ def run(
     mark, timed, host, paused = now, 0, 0.0, 0.0
     return values
 
-  tasks, values = list(shares), {}
+  tasks, values, late = list(shares), {}, False
   with _progress(first, schedule.steps, tasks) as show:
     if first == schedule.first:  # what it begins with: as a rule, nothing
       values = evaluate(state.params)
@@ -139,6 +154,7 @@ def run(
       timed += 1
       if len(window) > 2:
         jax.block_until_ready(window[-3])
+      watch.note(step, sums)
       if step == first + 1:
         jax.block_until_ready(sums)  # compilation is no part of the speed
         mark, timed, host = time.perf_counter(), 0, 0.0
@@ -160,15 +176,17 @@ def run(
       )
       if failed:
         saver.count_failure()
-      saving = due(step, schedule.save_every) or stopping or again
+      saving = due(step, schedule.save_every) or stopping or again or late
       if due(step, schedule.eval_every) or saving:
         jax.block_until_ready(sums)
+        watch.settle()
         begin = time.perf_counter()
         if due(step, schedule.eval_every):
           values = evaluate(state.params)
           write(step, values)
           show.step(step, values)
-        if saving:
+        late = saving and watch.skipped > 0 and not stopping
+        if saving and not late:
           saver.save(state, values.get("eval/loss"))
         paused += time.perf_counter() - begin
         idle += time.perf_counter() - begin
