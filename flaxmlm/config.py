@@ -154,6 +154,7 @@ KEYS: dict[str, Key] = {
   "train.microbatches": Key(1, int, "Parts that a batch is computed in, one after the other, to save memory.", low=1),
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
   "train.max_hours": Key(None, float, "Stop after the step at which so much time has gone by since the start, as a signal does: saved, exit code 0, and the same line goes on. None: no limit.", unit="hours", low=0, optional=True),
+  "train.stall_seconds": Key(None, float, "End the process, with exit code 75, if a step, an evaluation, a save or the reading of a batch takes longer (docs/reliability.md); the first of each has an hour. None: 20 times the median of the same so far, 300 at least.", unit="seconds", low=1, optional=True),
   "train.max_bad_steps": Key(10, int, "So many updates in a row that are skipped, for loss, gradient or update isn't finite, are too many.", unit="steps", low=1),
   "train.on_divergence": Key("stop", str, "What then: `stop`, with exit code 1, or `rollback`: go on from the last checkpoint with the rows that come after the ones skipped. See docs/reliability.md.", choices=("stop", "rollback")),
   "train.max_rollbacks": Key(3, int, "Rollbacks in the whole run before it stops nonetheless.", low=1),
@@ -204,7 +205,7 @@ _BESIDE_THE_STORE = (
 FREE_ON_RESUME = (
   *("mesh", "eval", "checkpoint", "log"),
   *("model.attention", "model.remat", "model.scan_layers"),
-  *("train.microbatches", "train.max_hours"),
+  *("train.microbatches", "train.max_hours", "train.stall_seconds"),
   *("train.max_bad_steps", "train.on_divergence", "train.max_rollbacks"),
   *("data.processes", "data.store", "data.tfds_dir"),
 )
@@ -1218,8 +1219,11 @@ def check_file(name: str, path: str | None) -> None:
 def run(main: Callable[[], None]) -> None:
   """Runs a program's main; a user's mistake is one line and exit code 2.
 
-  A full disk is one line too, and exit code 1: another try may have room.
+  A full disk, or a bucket that doesn't answer, is one line too, and exit code
+  1: another try may do.
   """
+  from flaxmlm.storage.files import BucketError
+
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors="replace")  # a terminal without Unicode
   try:
@@ -1228,6 +1232,10 @@ def run(main: Callable[[], None]) -> None:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     _leave(2)
+  except BucketError as error:
+    line = f"error: {error.filename}: {error.strerror}; it may do another time"
+    print(line, file=sys.stderr, flush=True)
+    _leave(1)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise

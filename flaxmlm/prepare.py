@@ -14,6 +14,7 @@ for any number of processes, and on many machines by --runner (docs/scale.md).
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -269,13 +270,24 @@ def prepare_store(
 
 
 def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
-  """Returns the tokenizer of `tokenizer.path`; None if one is to be trained."""
+  """Returns the tokenizer of `tokenizer.path`; None if one is to be trained.
+
+  Raises:
+    InputError: It can't be read; or is in a bucket, and no folder of one.
+  """
   from flaxmlm import tokenizers
 
-  if config.tokenizer.path is None:
+  path = config.tokenizer.path
+  if path is None:
     return None
+  here = remote.localize(path)
+  if files.is_remote(path) and not tokenizers.has_tokenizer(here):
+    raise InputError(
+      f"tokenizer.path={path}: no folder with a tokenizer; of a bucket, name"
+      " the folder that has it, not its file"
+    )
   return tokenizers.load(
-    remote.localize(config.tokenizer.path),
+    here,
     lowercase=config.tokenizer.lowercase or None,
     words="jieba" if config.tokenizer.words == "jieba" else None,
   )
@@ -544,6 +556,9 @@ def _explained(out: str) -> Iterator[None]:
       " was"
     ) from error
   except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      where = error.filename or out
+      raise OSError(error.errno, error.strerror, where) from error
     raise InputError(
       f"{error.filename or out}: {error.strerror or error}; free some space or"
       " use another folder, and start again: it goes on where it was"

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from flaxmlm import InputError, config
-from flaxmlm.storage import lease, manifests, remote, saves
-from flaxmlm.training import hosts, memory, versions
+from flaxmlm.storage import files, lease, manifests, remote, saves
+from flaxmlm.training import hosts, memory, versions, watchdog
 from flaxmlm.training.chain import newest_step
 
 if TYPE_CHECKING:
@@ -43,7 +43,18 @@ _LONGEST_WORD = 12  # tokens on average; longer ones are no words
 def main(argv: list[str] | None = None) -> None:
   """Trains a model in a workdir."""
   with contextlib.ExitStack() as claims:
-    train(argv, claims)
+    try:
+      train(argv, claims)
+    except (RuntimeError, ValueError) as error:
+      if not hosts.is_lost(error):
+        raise
+      what = str(error).strip().splitlines()[0]
+      warn(
+        f"error: another process ended, or can't be reached: {what}; the same"
+        " line again goes on"
+      )
+      claims.close()
+      os._exit(1)  # a proper end would wait for the other
 
 
 def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
@@ -63,8 +74,10 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   process, processes = hosts.join()
   workdir = os.path.abspath(args.workdir)
   push = remote.make_push(workdir)
+  claims.enter_context(files.named(workdir))
   if process == 0:
-    check_claim = claims.enter_context(remote.claim(workdir))
+    alone = processes == 1
+    check_claim = claims.enter_context(remote.claim(workdir, alone=alone))
     lock, saved = claim_workdir(workdir, c, allow)
   else:  # the first one writes, and the others find it there
     hosts.wait("the data", processes)
@@ -85,6 +98,9 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     tokenizer.save(os.path.join(workdir, "tokenizer"))
     push(must=True)
     hosts.wait("the data", processes)
+  watch = watchdog.Watch(c.train.stall_seconds)
+  watch.enter("start")
+  watch.begin(os.path.join(workdir, "stalls"), process)
   if validation.rows == 0:
     raise InputError(
       f"{store.folder} has no validation document; make another store with a"
@@ -122,7 +138,9 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   # The runs that this one goes on from, and itself.
   run, begun = c.train.continue_from, newest is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
-  if process == 0 and not begun:
+  other = phase.store != store.hash  # --allow=store
+  phase = phase._replace(store=store.hash)
+  if process == 0 and (other or not begun):
     chain.write_chain(workdir, [*before, phase])
     push(must=True)
 
@@ -166,6 +184,10 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       )
     )
 
+  def put_to_evaluate(batch: batches.HostBatch) -> Batch:
+    watch.enter("evaluation")  # batch by batch: they may be many
+    return put(batch)
+
   def evaluate(params: Any) -> dict[str, float]:
     # As much memory as a micro-batch of training.
     size = sharding.whole_rows(mesh, B // c.train.microbatches)
@@ -178,7 +200,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       shard=shard,
     )
     values = loop.evaluate(
-      eval_step, params, map(put, every), shares=objective.shares
+      eval_step, params, map(put_to_evaluate, every), shares=objective.shares
     )
     return values | {"eval/uniform_entropy": float(np.log(V))}
 
@@ -251,14 +273,24 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       "version": versions.find(),
       "store": store.hash,
       "tokenizer": tokenizer.fingerprint,
+      "phase": phase.place,
     },
     max_failures=c.checkpoint.max_failures,
     retry_seconds=c.checkpoint.retry_seconds,
     before=before_save,
+    watch=watch,
+    check=lambda: check_claim(),  # which the first process alone has
   )
+  if processes == 1:  # of several, one may wait for others that are gone
+    claims.callback(saver.wait)
+  streak = 0  # updates in a row that were skipped before
   if newest is not None:
-    found = manifests.read(f"{folder}/{newest}")
-    state = checkpoints.restore(folder, found, shapes)
+    manifest = manifests.read(f"{folder}/{newest}")
+    noted = manifest["run"].get("phase")
+    chain.check_place(args.workdir, phase, newest, noted)
+    if noted == phase.place:  # it hasn't gone back since
+      streak = manifest["run"].get("skipped", 0)
+    state = checkpoints.restore(folder, manifest, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")
   elif run is not None:
     state = continue_from(run, shapes, mesh, print, step=phase.first_step)
@@ -306,7 +338,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     }
     tell({**incident, **more})
 
-  while True:
+  while True:  # once, and once more for each time that it goes back
     diverged = None
     with contextlib.ExitStack() as stack:
       write = metrics.discard
@@ -322,8 +354,11 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
           batch_at=batch_at,
           evaluate=evaluate,
           saver=saver,
-          watch=incidents.Watch(
-            limit=c.train.max_bad_steps, shares=objective.shares, tell=note
+          guard=incidents.Guard(
+            limit=c.train.max_bad_steps,
+            shares=objective.shares,
+            tell=note,
+            skipped=streak,
           ),
           write=write,
           stop=stop,
@@ -342,16 +377,19 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
             tokens_before=sum(phase.tokens for phase in before),
           ),
           shares=objective.shares,
+          watch=watch,
         )
         break
       except incidents.DivergedError as error:
         # Without what it holds on to, the state among it.
         diverged = error.with_traceback(None)
+        watch.enter("rollback")
         newest = saver.newest()
       except checkpoints.SaveError as error:
         warn(
           f"error: {error}; once it can be saved, the same line again goes on"
         )
+        hosts.leave()
         sys.exit(1)
     refused = check_rollback(c, folder, newest, len(phase.skips))
     if refused is not None:
@@ -359,6 +397,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       if process == 0:
         push(must=False)
         warn(f"error: {diverged}; {refused}")
+      hosts.leave()
       sys.exit(1)
     # Back, and past the rows of the steps that led here.
     rows = (diverged.step - newest) * B
@@ -369,10 +408,12 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     if process == 0:
       chain.write_skips(workdir, phase)
       push(must=True)
-    found = manifests.read(f"{folder}/{newest}")
-    state = checkpoints.restore(folder, found, shapes)
+    saver.note({"phase": phase.place})
+    manifest = manifests.read(f"{folder}/{newest}")
+    state, streak = checkpoints.restore(folder, manifest, shapes), 0
 
   # The page, and what to do next.
+  watch.enter("end")
   after = guesses(state.params)
   page = os.path.join(workdir, "report.html")
   if process == 0:
@@ -393,6 +434,8 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     push(must=True)
     lock.close()
   hosts.wait("the end", processes)
+  hosts.leave()
+  watch.enter("")
   shown = remote.origin(workdir)
   print(f"\nreport: {f'{shown}/report.html' if shown else page}")
   if int(state.step) < c.train.steps:
@@ -715,9 +758,7 @@ def check_tokenizer(c: ConfigDict) -> None:
 
 def write_text(path: str, text: str) -> None:
   """Writes a file that is there whole or not at all."""
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.write(text)
-  os.replace(path + ".tmp", path)
+  files.write(path, text.encode(), sync=True)
 
 
 def open_data(

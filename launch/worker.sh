@@ -2,7 +2,8 @@
 # What a machine does for a run: launch/worker.sh COMMAND
 #
 #   install EXTRAS makes .venv with flaxmlm and its extras (tpu,gcs)
-#   run ARGS       trains; exits 75 if it was stopped before its last step
+#   run ARGS       trains; exits 75 if it was stopped before its last step, or a
+#                  process of it stalled
 #   start ARGS     the same in tmux; what it prints goes to train.log
 #   state          one line: "running | LAST LINE", "exit CODE | ..." or "none"
 #   stop           lets it save and end; ends it if it doesn't in a minute
@@ -47,6 +48,11 @@ run() {
   # train exits 0 too when a signal stopped it, and says so at the end.
   if ((code == 0)) && tail -c "+$from" "$log" | tail -n 20 |
     grep -q '^stopped after step'; then
+    code=$STOPPED
+  fi
+  # The code of a stall is 75 too; but of several tasks, srun takes the largest.
+  if ((code)) && tail -c "+$from" "$log" |
+    grep -q '^error: process [0-9]* stalls: '; then
     code=$STOPPED
   fi
   rm -f "$log.pid"

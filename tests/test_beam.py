@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -269,6 +270,31 @@ def test_after_a_bad_record_no_further_part_is_read(tmp_path, monkeypatch):
 
 def same(value):
   return value
+
+
+def test_a_worker_waits_for_a_job_that_it_does_not_see_yet(
+  texts, tmp_path, monkeypatch
+):
+  """As behind NFS, which shows a new file to others after a while."""
+  c = many(texts, tokenizer__path=str(make_tokenizer(tmp_path)))
+  recipe = shards.Recipe(str(tmp_path / "shards"), str(tmp_path), "none", {})
+  (tmp_path / "shards").mkdir()
+  (tmp_path / "job" / "results").mkdir(parents=True)
+  job = beam.Job(str(tmp_path / "job"), documents.reading(c), recipe)
+  part = (0, 0, [f"{texts}/nothing.txt"])
+  parts = tmp_path / "job" / "parts.json"
+  timer = threading.Timer(0.5, parts.write_text, [json.dumps([part[1:]])])
+  timer.start()
+  beam._make_part(part, job)
+  assert parts.exists()
+  assert beam._read_result(job, 0, 0.0) is not None
+  # One that is gone is waited for once.
+  monkeypatch.setattr(beam, "_PATIENCE", 0.1)
+  gone = job._replace(folder=str(tmp_path / "gone"))
+  for _ in range(2):
+    beam._make_part(part, gone)
+    monkeypatch.setattr(beam, "_PATIENCE", float("inf"))
+  assert not (tmp_path / "gone").exists()
 
 
 def test_workers_that_write_elsewhere_are_noticed(texts, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from http import HTTPStatus
@@ -18,6 +19,7 @@ from conftest import ROOT
 from test_prepare import files_of, make_config, make_tokenizer, write_text
 
 from flaxmlm import InputError, prepare
+from flaxmlm import config as config_lib
 from flaxmlm.data import sources
 from flaxmlm.preparing import documents, shards
 from flaxmlm.storage import files, lease
@@ -96,14 +98,11 @@ def test_a_file_that_goes_away_is_no_bad_record(bucket, tmp_path):
       list(read)
 
 
-@pytest.mark.parametrize("name", ["1.jsonl.gz", "2.parquet", "3.txt", "4.zst"])
-def test_what_is_refused_is_no_bad_record(bucket, tmp_path, monkeypatch, name):
+@pytest.fixture
+def refusing(bucket, monkeypatch):
+  """Nothing may be read from the bucket."""
   from gcp_storage_emulator import server
   from gcp_storage_emulator.handlers import objects
-
-  name = name.replace("4.", "4.csv.")
-  url = f"{bucket}/{tmp_path.name}/{name}"
-  files.write(url, b"text" * 100)
 
   def refuse(request, response, storage):
     response.status = HTTPStatus.FORBIDDEN
@@ -111,9 +110,46 @@ def test_what_is_refused_is_no_bad_record(bucket, tmp_path, monkeypatch, name):
   for _, handlers in server.HANDLERS:
     if handlers.get("GET") is objects.download:
       monkeypatch.setitem(handlers, "GET", refuse)
+
+
+@pytest.mark.parametrize("name", ["1.jsonl.gz", "2.parquet", "3.txt", "4.zst"])
+def test_what_is_refused_is_no_bad_record(bucket, tmp_path, refusing, name):
+  name = name.replace("4.", "4.csv.")
+  url = f"{bucket}/{tmp_path.name}/{name}"
+  files.write(url, b"text" * 100)
   read = sources.read([url], on_bad_record="skip")
   with pytest.raises(files.BucketError, match="Forbidden"):
     list(read)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a?", "*", "[", "a[!b]", "**"])
+def test_a_name_with_signs_of_globs_is_a_name(bucket, tmp_path, name):
+  url = f"{bucket}/{tmp_path.name}"
+  others = {
+    f"{url}/{other}/[x]/{file}" for other in ("a1", "ab") for file in "12"
+  }
+  own = {f"{url}/{name}/{file}" for file in ("[1]", "1", "deep/*")}
+  for path in own | others:
+    files.write(path, path.encode())
+  assert dict(files.read_many(sorted(own | {f"{url}/a*"}))) == {
+    path: path.encode() for path in own
+  }
+  assert set(files.list_tree(f"{url}/{name}")) == own
+  files.move_folder(f"{url}/{name}", f"{url}/{name}.broken")
+  moved = {path.replace(f"/{name}/", f"/{name}.broken/") for path in own}
+  found = files.list_tree(url)
+  assert set(found) == moved | others
+  files.remove_folder(f"{url}/{name}.broken")
+  files.remove_folder(f"{url}/{name}")
+  assert set(files.list_tree(url)) == others
+
+
+def test_a_bucket_that_refuses_is_one_line(bucket, refusing, capsys):
+  with pytest.raises(SystemExit, match="^1$"):
+    config_lib.run(lambda: files.read(f"{bucket}/any"))
+  said = capsys.readouterr().err
+  assert said.startswith(f"error: {bucket}/any: Forbidden")
+  assert said.count("\n") == 1
 
 
 def test_buckets_that_are_not_there(bucket):
@@ -121,6 +157,18 @@ def test_buckets_that_are_not_there(bucket):
     sources.find("gs://no-such-bucket/texts/*.txt")
   with pytest.raises(InputError, match="those of gs:// alone can be read"):
     sources.find("s4://bucket/texts")
+
+
+@pytest.mark.slow
+def test_a_bucket_that_does_not_answer_is_not_waited_for(bucket, monkeypatch):
+  monkeypatch.setattr(files, "_SILENCE_SECONDS", 0.2)
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    files.bucket_system.cache_clear()
+    with pytest.raises(InputError, match="bucket/texts: it doesn't answer"):
+      sources.find(f"{bucket}/texts")
+  files.bucket_system.cache_clear()
 
 
 def config(root, **values):
@@ -170,6 +218,23 @@ def test_the_same_store(texts, tmp_path, small, way, monkeypatch):
   c.data.cleaning.min_chars += 1
   with pytest.raises(InputError, match=f"{out}: holds the store of another"):
     prepare.prepare_store(c, out, progress=False, beam=beam)
+
+
+def test_a_tokenizer_of_a_bucket_is_named_by_its_folder(
+  bucket, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "cache"))
+  url, path = f"{bucket}/{tmp_path.name}", make_tokenizer(tmp_path)
+  files.copy_there(str(path), f"{url}/vocab.txt")
+
+  def load(where):
+    c = make_config("unread.txt", tokenizer__path=str(where))
+    return prepare.load_tokenizer(c)
+
+  assert load(url).fingerprint == load(path).fingerprint
+  for name in ("vocab.txt", "nothing"):
+    with pytest.raises(InputError, match=f"{url}/{name}: .* name the folder"):
+      load(f"{url}/{name}")
 
 
 def pull(url, folder):

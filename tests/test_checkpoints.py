@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, cut off, or have no room."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -11,55 +12,30 @@ import subprocess
 import sys
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, environment
 from orbax.checkpoint import v1 as ocp
+from saved_steps import (
+  POINTS,
+  ROWS,
+  assert_whole,
+  damage,
+  draw_damages,
+  files,
+  find_after_damage,
+  save,
+  shapes,
+  state,
+)
 
 from flaxmlm import InputError
 from flaxmlm.storage import manifests, saves
 from flaxmlm.training import checkpoints
 from flaxmlm.training.checkpoints import SaveError, Saver
-from flaxmlm.training.step import State
-
-ROWS = 512  # of 4 kB
-
-
-def state(step: int) -> State:
-  """A state of 4 MB that no compression makes smaller; a function of step."""
-  keys = jax.random.split(jax.random.key(step))
-  params = {"w": jax.random.normal(keys[0], (ROWS, 1024))}
-  moments = {"w": jax.random.normal(keys[1], (ROWS, 1024))}
-  return State(jnp.int32(step), params, moments)
-
-
-def shapes() -> State:
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    jax.eval_shape(lambda: state(0)),
-  )
-
-
-def save(folder, *steps: int, **options) -> Saver:
-  saver = Saver(str(folder), **{"keep": 9} | options)
-  for step in steps:
-    saver.close(state(step), None)
-  return saver
-
-
-def assert_whole(folder, step: int, said=()) -> None:
-  """The newest step is this one, with the very numbers that it had."""
-  lines = list(said)
-  facts = saves.find_newest(str(folder), strict=False, say=lines.append)
-  assert facts is not None and facts["step"] == step
-  got = checkpoints.restore(str(folder), facts, shapes())
-  for a, b in zip(
-    jax.tree.leaves(got), jax.tree.leaves(state(step)), strict=True
-  ):
-    np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -70,42 +46,12 @@ def three(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def files(folder: pathlib.Path) -> list[str]:
-  found = [path for path in folder.rglob("*") if path.is_file()]
-  return sorted(str(path.relative_to(folder)) for path in found)
-
-
-def damage(path: pathlib.Path, how: str, draw: random.Random) -> bool:
-  """Damages a file; False if it has nothing to flip or to cut."""
-  data = bytearray(path.read_bytes())
-  if how == "delete":
-    path.unlink()
-  elif not data:
-    return False
-  elif how == "flip":
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(bytes(data))
-  else:
-    path.write_bytes(bytes(data[: draw.randrange(len(data))]))
-  return True
-
-
 def check_damage(three, tmp_path, name: str, how: str, seed: int) -> None:
-  folder = tmp_path / f"{how} {seed}"
-  folder.mkdir()
-  for step in (1, 2, 3):  # the older ones aren't touched
-    copy = shutil.copytree if step == 3 else os.symlink
-    copy(three / str(step), folder / str(step))
-  if not damage(folder / "3" / name, how, random.Random(seed)):
-    return
-  with pytest.raises(InputError, match=r"/3: .*checkpoint\.strict=True"):
-    saves.find_newest(str(folder), strict=True, say=print)
-  said = []
-  facts = saves.find_newest(str(folder), strict=False, say=said.append)
-  assert facts["step"] == 2, (name, how, seed)
+  copy, draw = tmp_path / f"{how} {seed}", random.Random(seed)
+  refused, said, step = find_after_damage(three, copy, name, how, draw)
+  assert "/3: " in refused and "checkpoint.strict=True" in refused
+  assert step == 2, (name, how, seed)
   assert len(said) == 1 and f"/3: {name} " in said[0], said
-  assert (folder / "3.broken").is_dir() and not (folder / "3").exists()
-  shutil.rmtree(folder)
 
 
 def test_damage_to_any_file_is_named_and_the_newest_whole_step_is_taken(
@@ -115,19 +61,15 @@ def test_damage_to_any_file_is_named_and_the_newest_whole_step_is_taken(
   assert len(names) > 6 and "manifest.json" in names
   for seed, name in enumerate(names):
     for how in ("flip", "cut", "delete"):
-      check_damage(three, tmp_path, name, how, seed)
+      if how == "delete" or (three / "3" / name).stat().st_size:
+        check_damage(three, tmp_path, name, how, seed)
 
 
 @pytest.mark.slow
 def test_hundreds_of_damages_are_all_named(three, tmp_path):
-  draw = random.Random(7)
-  names = [n for n in files(three / "3") if (three / "3" / n).stat().st_size]
-  sizes = [(three / "3" / name).stat().st_size for name in names]
-  for how, times in (("flip", 200), ("cut", 50), ("delete", 50)):
-    for seed in range(times):
-      # Half of them anywhere in the bytes, half in any file.
-      name = draw.choices(names, sizes if seed % 2 else None)[0]
-      check_damage(three, tmp_path, name, how, seed)
+  drawn = draw_damages(three / "3", random.Random(7))
+  for seed, (name, how) in enumerate(drawn):
+    check_damage(three, tmp_path, name, how, seed)
 
 
 def test_what_is_taken_has_the_very_numbers_that_it_had(three, tmp_path):
@@ -243,62 +185,12 @@ def test_nothing_older_goes_before_the_newer_is_read_back(
   assert_whole(tmp_path, 3)
 
 
-KILL = """
-import os, sys
-import test_checkpoints as t
-from flaxmlm.storage import manifests, saves
-from flaxmlm.training import checkpoints
-folder, module, name = sys.argv[1:]
-saver = t.save(folder, 1, keep=1)
-def die(*args, **kwargs):
-  os._exit(9)
-if name == "result":  # Orbax' threads are at work
-  real = checkpoints.ocp.save_async
-  def save_async(*args):
-    real(*args)
-    die()
-  checkpoints.ocp.save_async = save_async
-elif name == "manifest":  # half of it is written
-  real = os.fsync
-  def fsync(file):
-    path = os.readlink(f"/proc/self/fd/{file}")
-    if path.endswith("manifest.json.tmp"):
-      os.ftruncate(file, 100)
-      die()
-    real(file)
-  os.fsync = fsync
-else:
-  where = {
-    "orbax": checkpoints.ocp,
-    "saves": saves,
-    "manifests": manifests,
-    "files": saves.files,
-  }
-  setattr(where[module], name, die)
-saver.close(t.state(2), None)
-"""
-
-
-@pytest.mark.parametrize(
-  ("module", "name", "step"),
-  [
-    pytest.param("orbax", "save_async", 1, id="before data"),
-    pytest.param("", "result", 1, id="mid-data"),
-    pytest.param("manifests", "seal", 1, id="before manifest"),
-    pytest.param("", "manifest", 1, id="mid-manifest"),
-    pytest.param("saves", "publish", 1, id="before its name"),
-    pytest.param("saves", "remove_old", 2, id="before removal"),
-    pytest.param("files", "remove_folder", 2, id="mid-retention"),
-  ],
-)
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_step(
-  module, name, step, tmp_path
-):
-  folder = tmp_path / "run"
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_step(point, tmp_path):
+  folder, step = tmp_path / "run", POINTS[point][-1]
   done = subprocess.run(
-    [sys.executable, "-c", KILL, str(folder), module, name],
-    cwd=ROOT / "tests",
-    env=environment() | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+    [sys.executable, ROOT / "tests" / "saved_steps.py", folder, point],
+    env=environment() | {"PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=120,
@@ -313,15 +205,10 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_step(
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, megabytes: int):
   """Mounts a file system of its own; the test is skipped where it may not."""
-  folder.mkdir()
-  size = f"size={megabytes}m"
-  line = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
-  if not shutil.which("mount") or subprocess.run(line).returncode:
-    pytest.skip("no file system can be mounted here")
-  try:
+  with faulty_runs.small_disk(folder, megabytes) as there:
+    if not there:
+      pytest.skip("no file system can be mounted here")
     yield folder
-  finally:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_no_room_is_seen_before_a_save(tmp_path, capsys):
@@ -379,6 +266,38 @@ def test_a_disk_that_fills_up_during_a_save(how, tmp_path, monkeypatch, capsys):
     save(folder, 5, newest=1, keep=1)
     assert_whole(folder, 5)
     assert os.listdir(folder) == ["5"]
+
+
+def test_a_step_that_came_though_its_save_failed_counts(
+  tmp_path, monkeypatch, capsys
+):
+  saver = save(tmp_path, 1, max_failures=2, retry_seconds=0.0)
+  publish = saves.publish
+
+  def fail_late(*args) -> None:
+    publish(*args)
+    raise OSError("no answer")
+
+  monkeypatch.setattr(saves, "publish", fail_late)
+  saver.close(state(2), None)
+  assert "no checkpoint of step 2: no answer" in capsys.readouterr().err
+  assert_whole(tmp_path, 2)
+  monkeypatch.undo()
+  saver.close(state(3), None)
+  assert saves.list_steps(str(tmp_path)) == [1, 2, 3]
+
+
+def test_a_file_system_that_cant_flush_folders_will_do(tmp_path, monkeypatch):
+  fsync = os.fsync
+
+  def refuse(number: int) -> None:
+    if os.path.isdir(f"/proc/self/fd/{number}"):
+      raise OSError(errno.EINVAL, "Invalid argument")
+    fsync(number)
+
+  monkeypatch.setattr(os, "fsync", refuse)
+  save(tmp_path, 1, max_failures=1)
+  assert_whole(tmp_path, 1)
 
 
 def test_a_success_in_between_starts_the_count_again(tmp_path):

@@ -203,6 +203,19 @@ def test_the_chain_is_recorded(folder, run, decay):
 
 
 @pytest.mark.slow
+def test_a_phase_without_its_chain_is_refused(run, decay, tmp_path):
+  workdir = tmp_path / "decay"
+  shutil.copytree(decay, workdir)
+  (workdir / "chain.json").unlink()
+  line = (f"--workdir={workdir}", f"--config={decay}/config.json")
+  error = program("train", *line, code=2)
+  assert f"{workdir}/chain.json is missing" in error
+  assert "first_step: 12 -> 0; first_row: 192 -> 0; bring" in error
+  shutil.copy(decay / "chain.json", workdir)
+  assert "going on after step 20" in program("train", *line)
+
+
+@pytest.mark.slow
 def test_a_chain_that_never_began_is_forgotten(folder, file, decay):
   workdir = folder / "plain"
   workdir.mkdir()

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import FLAGS, ROOT, lines, program
 
+from flaxmlm.storage import saves
+
 STEPS = 8
 PROGRAM = ("-m", "flaxmlm.train")
 # A flip of the last bit of a sum of float32 grows over the steps.
@@ -137,6 +139,46 @@ def test_one_is_killed_and_the_same_line_goes_on(alone, store, tmp_path):
   )
 
 
+def wait_for_steps(workdir, process) -> None:
+  path = workdir / "metrics.jsonl"
+  while not path.exists() or '"step": 4,' not in path.read_text():
+    assert process.poll() is None
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_is_stopped_ends_the_others(which, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  line += ["--config.train.steps=99999", "--config.train.stall_seconds=5"]
+  processes = start(2, *line)
+  wait_for_steps(tmp_path / "run", processes[0])
+  processes[which].send_signal(signal.SIGSTOP)
+  out, _ = processes[1 - which].communicate(timeout=100)
+  assert processes[1 - which].returncode == 75, out
+  last = out.splitlines()[-1]
+  assert last.startswith(f"error: process {1 - which} stalls: ")
+  [path] = (tmp_path / "run" / "stalls").iterdir()
+  assert str(path) in last and "training/loop.py" in path.read_text()
+  # It can't go on alone, and ends too once it can.
+  processes[which].send_signal(signal.SIGCONT)
+  processes[which].communicate(timeout=150)
+  assert processes[which].returncode not in (0, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_is_killed_ends_the_others(which, store, tmp_path):
+  line = [*ARGS, store, f"--workdir={tmp_path}/run"]
+  processes = start(2, *line, "--config.train.steps=99999")
+  wait_for_steps(tmp_path / "run", processes[0])
+  processes[which].send_signal(signal.SIGKILL)
+  out, _ = processes[1 - which].communicate(timeout=100)
+  assert processes[1 - which].returncode not in (0, None)
+  # Ours, or JAX's if that was faster.
+  assert "error: another process ended" in out or "another task died" in out
+
+
 @pytest.mark.slow
 def test_one_is_asked_to_stop_and_all_stop_at_the_same_step(
   alone, store, tmp_path
@@ -240,3 +282,69 @@ def test_half_an_environment_is_refused(environment, said, tmp_path):
   assert done.returncode == 2
   assert said in done.stderr
   assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_signal_before_the_loop_ends_a_process(tmp_path):
+  """JAX's own handler would note it, and let the process live."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-c"),
+      "from flaxmlm.training import hosts\n"
+      "import time\n"
+      "hosts.join()\n"
+      "print('joined', flush=True)\n"
+      "time.sleep(20)",
+    ],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_COORDINATOR_ADDRESS": address,
+      "JAX_NUM_PROCESSES": "1",
+      "JAX_PROCESS_ID": "0",
+    },
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == "joined\n"
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGTERM
+
+
+# One process alone can't write its part, once: files of a megabyte are too big
+# for it. The others wait for it in Orbax' barrier.
+ONE_FAILS = """
+import os, resource
+from flaxmlm import config, train
+from flaxmlm.training import checkpoints
+if os.environ["JAX_PROCESS_ID"] == "{process}":
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+  count_failure = checkpoints.Saver.count_failure
+  def make_room(self, *args):
+    count_failure(self, *args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  checkpoints.Saver.count_failure = make_room
+config.run(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_none_waits_for_one_that_cannot_write_its_part(
+  process, alone, store, tmp_path
+):
+  workdir = tmp_path / "run"
+  line = [*ARGS, store, f"--workdir={workdir}"]
+  line += ["--config.checkpoint.retry_seconds=0"]
+  what = ("-c", ONE_FAILS.format(process=process))
+  said = finish(start(2, *line, devices=2, what=what))
+  assert "File too large" in said[process]
+  assert "another process can't write its part" in said[0] or process == 0
+  for text in said:
+    assert "failure 2" not in text
+  assert saves.list_steps(str(workdir / "checkpoints")) == [6, 8]
+  np.testing.assert_allclose(losses(workdir), alone, atol=TOLERANCE, rtol=0)

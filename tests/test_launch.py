@@ -42,6 +42,8 @@ case $FAKE in
   done) echo "done in 1 s; try it:" ;;
   bad) echo "error: unknown key" >&2; exit 2 ;;
   crash) echo "Traceback" >&2; exit 1 ;;
+  stalls) echo "error: process 1 stalls: step 7 takes more than 300 s" >&2
+    echo "Aborted" >&2; exit 134 ;;
   forever) wait_for_signal ;;
   one-dies) ((me == 1)) && sleep 0.5 && exit 7; wait_for_signal ;;
   deaf) ((me == 1)) && sleep 0.5 && exit 7
@@ -698,6 +700,19 @@ def test_slurm_queues_again_what_ran_out_of_time(cloud):
   os.kill(int((cloud / "runs/x/ready").read_text()), signal.SIGTERM)
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 75, out
+  assert calls(cloud, "scontrol") == ["scontrol requeue 17"]
+
+
+def test_slurm_queues_again_what_stalled(cloud):
+  # The task that stalled has exited 75; srun tells of the worst.
+  for name, does in (("srun", 'exec "${@:2}"'), ("scontrol", "true")):
+    path = cloud.parent / "bin" / name
+    path.write_text(
+      f'#!/usr/bin/env bash\necho "{name} $*" >>"$CLOUD/calls"\n{does}\n'
+    )
+    path.chmod(0o755)
+  args = ["slurm.sbatch", "--workdir=runs/x"]
+  launch(cloud, *args, FAKE="stalls", code=75, SLURM_JOB_ID="17")
   assert calls(cloud, "scontrol") == ["scontrol requeue 17"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flaxmlm import config, models
-from flaxmlm.models import Inputs, layers, lean
+from flaxmlm.models import Inputs, attention, layers, lean
 
 T, D, F = 48, 32, 64
 
@@ -82,6 +82,33 @@ def test_heads_are_split_and_joined_as_dense_layers_would():
   layer = draw(D, D, seed=1), draw(D, seed=2)
   check(*both(spare, split, draw(4, 12, D), *layer), 2e-6)
   check(*both(lean.join_heads, join, draw(4, 12, 8, 4), *layer), 2e-6)
+
+
+def test_biases_of_keys_and_values_go_round_attention():
+  segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3] * 4)
+
+  def mix(query, key, value):
+    return attention.attend(query, key, value, segments, backend="xla")
+
+  def plain(x, *layers):
+    query, key, value, output = zip(layers[::2], layers[1::2], strict=True)
+
+    def linear(x, kernel, bias):
+      return x @ kernel + bias
+
+    heads = (linear(x, *given) for given in (query, key, value))
+    mixed = mix(*(y.reshape(4, 12, 8, 4) for y in heads))
+    return linear(mixed.reshape(4, 12, D), *output)
+
+  def spare(x, *layers):
+    pairs = zip(layers[::2], layers[1::2], strict=True)
+    return lean.self_attention(x, *pairs, heads=8, attend=mix)
+
+  layers = [draw(*s, seed=i) / 4 for i, s in enumerate([(D, D), (D,)] * 4)]
+  got, want = both(spare, plain, draw(4, 12, D), *layers)
+  assert (got[5] == 0).all()  # of the key's bias: what is left is rounding
+  assert jnp.abs(want[5]).max() < 1e-5 * jnp.abs(want[3]).max()
+  check(got[:5] + got[6:], want[:5] + want[6:], 2e-6)
 
 
 def test_slots_are_taken_exactly(monkeypatch):

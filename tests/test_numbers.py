@@ -236,29 +236,29 @@ def test_no_learning_rate_is_high_enough(rate):
     state, sums = train_on(mesh, train_step, state, [number])
     incidents.check_finite(state, "after a step")
   if rate > 1e30:
-    watch = incidents.Watch(limit=3, shares={"masked": 1.0}, tell=dict)
+    guard = incidents.Guard(limit=3, shares={"masked": 1.0}, tell=dict)
     with pytest.raises(incidents.DivergedError, match="step 12: parameters"):
-      watch.measure(12, state.params)
+      guard.measure(12, state.params)
 
 
 def sums_of(loss: float, *, skipped: bool = False) -> dict:
   return {
     "masked": {"nll": np.float32(6 * loss), "weight": np.float32(6)},
-    "step": {"skipped": np.float32(skipped), "grad_norm": np.float32(1)},
+    "step": {"skipped": jnp.float32(skipped), "grad_norm": np.float32(1)},
   }
 
 
 def test_too_many_in_a_row_are_noticed_two_steps_later():
   told = []
-  watch = incidents.Watch(limit=3, shares={"masked": 1.0}, tell=told.append)
+  guard = incidents.Guard(limit=3, shares={"masked": 1.0}, tell=told.append)
   bad = {3, 4, 7, 8, 9, 10}
   for step in range(1, 11):
-    watch.note(step, sums_of(2.0, skipped=step in bad))
+    guard.note(step, sums_of(2.0, skipped=step in bad))
     assert [one["step"] for one in told] == sorted(
       number for number in bad if number <= step - 2
     )
   with pytest.raises(incidents.DivergedError, match="step 9: 3 updates in"):
-    watch.settle()
+    guard.settle()
   assert [one["skipped_in_a_row"] for one in told] == [1, 2, 1, 2, 3]
   assert {one["what"] for one in told} == {"update"}
 
@@ -269,10 +269,10 @@ def test_jumps_of_the_loss_are_told_from_noise():
   losses *= np.exp(random.normal(0, 0.05, 600))
   jumps = [300, 301, 302, 450]
   losses[jumps] *= 2
-  watch = incidents.Watch(limit=3, shares={"masked": 1.0}, tell=told.append)
+  guard = incidents.Guard(limit=3, shares={"masked": 1.0}, tell=told.append)
   each = [sums_of(x) for x in losses]
   found = sum(
-    watch.find_spikes(n + 1, each[n : n + 50]) for n in range(0, 600, 50)
+    guard.find_spikes(n + 1, each[n : n + 50]) for n in range(0, 600, 50)
   )
   assert found == len(jumps)
   # The first of a jump alone, which may go over the end of a window.
@@ -287,9 +287,9 @@ def test_jumps_of_the_loss_are_told_from_noise():
 
 def test_a_step_that_was_skipped_is_no_jump():
   told = []
-  watch = incidents.Watch(limit=3, shares={"masked": 1.0}, tell=told.append)
+  guard = incidents.Guard(limit=3, shares={"masked": 1.0}, tell=told.append)
   each = [sums_of(2.0)] * 30 + [sums_of(np.nan, skipped=True)] * 2
-  assert watch.find_spikes(1, [*each, *each]) == 0 == len(told)
+  assert guard.find_spikes(1, [*each, *each]) == 0 == len(told)
 
 
 def test_an_incident_is_written_once_and_as_json(tmp_path):

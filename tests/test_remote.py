@@ -1,5 +1,6 @@
 """Stores and runs in a bucket, of a storage server that speaks GCS's API."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -11,10 +12,12 @@ import time
 
 import pytest
 from conftest import ROOT, environment, lines, program
+from saved_steps import state
 
 from flaxmlm import InputError
 from flaxmlm.data.store import open_store
 from flaxmlm.storage import files, lease, manifests, remote, saves
+from flaxmlm.training import checkpoints
 
 ARGS = [
   "--config=configs/quickstart.py",
@@ -171,6 +174,23 @@ def test_a_local_run_has_no_origin(tmp_path):
   )
 
 
+def test_many_that_read_a_run_at_once_all_get_it(bucket, tmp_path, monkeypatch):
+  url = f"{bucket}/{tmp_path.name}"
+  files.write(f"{url}/config.json", b"{}")
+  monkeypatch.setenv("FLAXMLM_CACHE", str(tmp_path / "here"))
+  begin = threading.Barrier(8)
+
+  def read(_: int) -> bytes:
+    begin.wait()
+    for _ in range(4):
+      folder = remote.localize(url)
+      assert remote.origin(folder) == url
+    return files.read(os.path.join(folder, "config.json"))
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(read, range(8))) == [b"{}"] * 8
+
+
 @pytest.fixture
 def quick(monkeypatch):
   """Leases that are stale after seconds."""
@@ -233,6 +253,94 @@ def test_a_lease_of_the_dead_is_taken_over_after_some_time(
   with lease.hold(url, str(tmp_path / "first"), say=said.append):
     pass
   assert len(said) == 1
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_lease_whose_writing_may_have_failed_is_known(
+  bucket, tmp_path, quick, monkeypatch, arrives
+):
+  """Whether the old one is there or the new one, the next try has it."""
+  url, memo = f"{bucket}/{tmp_path.name}", str(tmp_path / "memo")
+  with lease.hold(url, memo):
+    left = files.read(f"{url}/lease.json")
+  files.write(f"{url}/lease.json", left)  # as after kill -9
+  put = lease._put
+
+  def cut_off(url, facts, generation):
+    if arrives:
+      put(url, facts, generation)
+    raise files.BucketError(5, "no answer", url)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(lease, "_put", cut_off)
+    with pytest.raises(InputError, match="no answer"), lease.hold(url, memo):
+      pass
+  assert (files.read(f"{url}/lease.json") != left) == arrives
+  monkeypatch.setattr(lease, "STALE_AFTER", 1000.0)
+  with lease.hold(url, memo, say=pytest.fail):
+    pass
+
+
+def test_a_failure_leaves_the_lease_to_the_others_that_may_write(
+  bucket, tmp_path, quick
+):
+  url = f"{bucket}/{tmp_path.name}"
+  for alone in (True, False):
+    with (
+      pytest.raises(RuntimeError),
+      lease.hold(url, str(tmp_path / "first"), alone=alone),
+    ):
+      raise RuntimeError
+    assert files.exists(f"{url}/lease.json") == (not alone)
+  # On this machine, with the same folder, one goes on at once.
+  with lease.hold(url, str(tmp_path / "first"), alone=False):
+    pass
+  assert not files.exists(f"{url}/lease.json")
+
+
+# A run that fails while a checkpoint is being written.
+FAILS = """
+import sys, time
+from flaxmlm import config, train
+from flaxmlm.data import batches
+from flaxmlm.storage import files
+from flaxmlm.training import checkpoints
+
+lease, *argv = sys.argv[1:]
+at, finish_step = batches.at, checkpoints.finish_step
+
+def fail(*args, step, **options):
+  if step == 2:
+    raise RuntimeError("a failure")
+  return at(*args, step=step, **options)
+
+def slowly(*args):
+  time.sleep(2)
+  finish_step(*args)
+  print("held at the end of the save:", files.exists(lease))
+
+batches.at, checkpoints.finish_step = fail, slowly
+config.run(lambda: train.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_has_the_lease_until_it_writes_no_more(
+  bucket, tmp_path
+):
+  workdir = f"{bucket}/runs/fails"
+  done = subprocess.run(
+    [sys.executable, "-c", FAILS, f"{workdir}/lease.json", *ARGS]
+    + [f"--workdir={workdir}"],
+    cwd=ROOT,
+    env=environment() | {"FLAXMLM_CACHE": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1 and "a failure" in done.stderr
+  assert "held at the end of the save: True" in done.stdout
+  assert files.exists(f"{workdir}/checkpoints/2/manifest.json")
+  assert not files.exists(f"{workdir}/lease.json")
 
 
 def test_who_was_suspended_too_long_writes_nothing_more(
@@ -327,17 +435,74 @@ def test_a_damaged_step_in_a_bucket_is_set_aside(bucket, tmp_path):
     files.write(f"{folder}/{step}/state/d/array", bytes(range(step, 100)))
     if step < 4:  # whose save was cut off
       manifests.seal(f"{folder}/{step}", {"step": step, "loss": None})
-  files.write(f"{folder}/3/state/d/array", bytes(97))
-  with pytest.raises(InputError, match=r"/4: manifest.json is missing; .*/3: "):
-    saves.find_newest(folder, strict=True, say=print)
+  # What is cut off is no damage: it goes, under strict too.
   said = []
+  assert saves.find_newest(folder, strict=True, say=said.append)["step"] == 3
+  assert len(said) == 1 and "/4: its save, or its removal, was cut" in said[0]
+  assert saves.list_steps(folder) == [1, 2, 3]
+  files.write(f"{folder}/3/state/d/array", bytes(97))
+  with pytest.raises(InputError, match=r"/3: state/d/array isn't what.*strict"):
+    saves.find_newest(folder, strict=True, say=print)
   facts = saves.find_newest(folder, strict=False, say=said.append)
   assert facts["step"] == 2
   assert "/3: state/d/array isn't what was written" in said[1]
   names = sorted(files.list_names(folder))
-  assert names == ["1", "2", "3.broken", "4.broken"]
+  assert names == ["1", "2", "3.broken"]
   assert saves.remove_old(folder, keep=1, best=0, every=0) == [1]
   assert saves.list_steps(folder) == [2]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_who_has_lost_the_lease_removes_no_step_of_its_successor(
+  bucket, tmp_path, monkeypatch, learns
+):
+  """Also if it can't learn of that, since the bucket doesn't answer."""
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  lost = False
+
+  def check() -> None:
+    if lost and learns:
+      raise InputError("another process has taken over")
+
+  def seal(step: int) -> None:
+    files.write(f"{folder}/{step}/array", b"all")
+    manifests.seal(f"{folder}/{step}", {"step": step, "loss": None})
+
+  class Woken:
+    def result(self) -> None:
+      nonlocal lost
+      seal(2)
+      lost = True
+      raise OSError("suspended for minutes")
+
+  seal(1)
+  saver = checkpoints.Saver(folder, newest=1, keep=1, check=check)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.ocp, "save_async", lambda *args: Woken())
+    saver.save(state(2), None)
+    saver.wait()
+  assert saver.failed() == 2
+  for step in (1, 2):
+    assert manifests.check(f"{folder}/{step}")["step"] == step
+
+
+def test_who_loses_the_lease_in_a_save_seals_and_removes_nothing(
+  bucket, tmp_path
+):
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  files.write(f"{folder}/1/array", b"all")
+  manifests.seal(f"{folder}/1", {"step": 1, "loss": None})
+
+  def check() -> None:
+    raise InputError("another process has taken over")
+
+  saver = checkpoints.Saver(folder, newest=1, keep=1, check=check)
+  saver.save(state(2), None)
+  saver.wait()
+  assert saver.failed() == 2
+  assert saves.list_steps(folder) == [1, 2]
+  assert not manifests.is_sealed(f"{folder}/2")
+  assert manifests.check(f"{folder}/1")["step"] == 1
 
 
 def test_a_bucket_with_nothing_but_a_save_that_was_cut_off(bucket, tmp_path):
@@ -345,4 +510,26 @@ def test_a_bucket_with_nothing_but_a_save_that_was_cut_off(bucket, tmp_path):
   files.write(f"{folder}/4/state/array", b"half")
   said = []
   assert saves.find_newest(folder, strict=False, say=said.append) is None
-  assert "set aside as 4.broken, nothing is taken in its place" in said[0]
+  assert len(said) == 1 and "/4: its save, or its removal, was" in said[0]
+  assert files.list_names(folder) == []
+
+
+def test_a_run_in_a_bucket_that_lost_its_manifests_never_begins_anew(
+  bucket, tmp_path
+):
+  """Or never had one, of an older version; Orbax had written all of it."""
+  folder = f"{bucket}/{tmp_path.name}/checkpoints"
+  for step, names in ((4, ("array", "commit_success.txt")), (6, ("array",))):
+    for name in names:
+      files.write(f"{folder}/{step}/{name}", b"all")
+  before = files.list_tree(folder)
+  for strict in (False, True):
+    with pytest.raises(InputError, match=r"/4: man.*no step there is whole"):
+      saves.find_newest(folder, strict=strict, say=print)
+  assert files.list_tree(folder) == before
+  # Nor is it removed behind newer ones.
+  files.write(f"{folder}/9/array", b"all")
+  manifests.seal(f"{folder}/9", {"step": 9, "loss": None})
+  assert saves.find_newest(folder, strict=True, say=print)["step"] == 9
+  assert saves.remove_old(folder, keep=1, best=0, every=0) == []
+  assert saves.list_steps(folder) == [4, 9]

@@ -20,6 +20,11 @@ CODE = sorted((ROOT / "flaxmlm").rglob("*.py"))
 # The one place that runs code which it was given: a Python config.
 ALLOWED = {("flaxmlm/config.py", "exec"), ("flaxmlm/config.py", "compile")}
 NEVER = {"eval", "exec", "compile", "__import__", "execfile"}
+# A machine asks its own metadata server; the other opens no connection.
+ALLOWED_MODULES = {
+  ("flaxmlm/training/hosts.py", "urllib.request"),
+  ("flaxmlm/storage/lease.py", "urllib.parse"),
+}
 NEVER_MODULES = {
   *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"),
   *("torch", "tensorflow", "yaml", "imp", "ctypes", "requests", "urllib"),
@@ -61,7 +66,8 @@ def test_no_code_comes_from_data(path):
     elif isinstance(node, ast.ImportFrom):
       modules = [node.module or ""]
     for module in modules:
-      assert module.split(".")[0] not in NEVER_MODULES, f"{place}: {module}"
+      if (place, module) not in ALLOWED_MODULES:
+        assert module.split(".")[0] not in NEVER_MODULES, f"{place}: {module}"
 
 
 class Evil:

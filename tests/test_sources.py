@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gc
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 import tracemalloc
+import warnings
 from collections.abc import Callable
 
 import pyarrow
@@ -142,6 +144,17 @@ def test_frames_of_an_archive_follow_one_another(tmp_path):
     assert texts(path) == [b"".join(parts).decode()], ending
 
 
+def test_a_damaged_archive_leaves_nothing_open(tmp_path):
+  path = tmp_path / "rows.parquet.gz"
+  path.write_bytes(gzip.compress(bytes(9999))[:-9])
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    with pytest.raises(InputError, match="truncated or damaged"):
+      list(read([str(path)]))
+    gc.collect()
+  assert not [str(each.message) for each in said]
+
+
 def test_a_real_web_corpus():
   path = DATA / "c4_mini" / "train.jsonl"
   if not path.exists():
@@ -229,6 +242,13 @@ def test_an_unreadable_file_is_an_error_even_when_skipping(tmp_path):
   path.unlink()
   with pytest.raises(InputError, match=r"a\.txt: No such file"):
     list(documents)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(InputError, match=f"{name}.*: a pipe or a device"):
+    texts(tmp_path)
 
 
 # --- what is bad says where -------------------------------------------------

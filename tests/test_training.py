@@ -1,5 +1,8 @@
 """The step on every mesh, against float64, and to the end."""
 
+import inspect
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -295,6 +298,36 @@ def test_schedules_pass_through_their_corners():
   assert rates("cosine", [0, 10, 55, 100]) == [0, 2, 1.1, 0.2]
   assert rates("constant", [0, 10, 99]) == [0, 2, 2]
   assert rates("wsd", [5, 10, 80, 90, 100]) == [1, 2, 2, 1.1, 0.2]
+
+
+@dataclass(frozen=True)
+class _Chip:
+  """A device of a machine of four, whose number JAX calls that of a slice."""
+
+  platform: str
+  id: int
+  device_kind: str = "one"
+
+  @property
+  def slice_index(self) -> int:
+    return self.id // 4
+
+  @property
+  def process_index(self) -> int:
+    return self.id // 4
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_parameters_go_over_several_machines_but_not_slices(platform):
+  make_mesh = inspect.unwrap(sharding.make_mesh)  # no type check: no JAX's
+  sizes = {"data": 1, "fsdp": 8, "tensor": 1}
+  chips = [_Chip(platform, number) for number in range(8)]
+  if platform == "tpu":
+    with pytest.raises(InputError, match="doesn't divide by 2 slices"):
+      make_mesh(**sizes, devices=chips)
+    return
+  mesh = make_mesh(**sizes, devices=chips)
+  assert [chip.id for chip in mesh.devices[0, :, 0]] == list(range(8))
 
 
 def test_a_matrix_that_no_rule_speaks_of_is_an_error():

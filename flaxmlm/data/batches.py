@@ -260,9 +260,9 @@ def _choose_others(
   what is chosen is a number among the rest.
   """
   offsets, pairs = getattr(store, plan.split).offsets, int(plan.pairs[0])
-  number = np.searchsorted(offsets, plan.piece_start[rows], side="right")
+  number = np.searchsorted(offsets, plan.piece_start.take(rows), side="right")
   begin, end = np.searchsorted(
-    plan.piece_start[:pairs], [offsets[number - 1], offsets[number]]
+    plan.piece_start[:pairs], [offsets.take(number - 1), offsets.take(number)]
   )
   rest = pairs - (end - begin)
   found = (key % rest.astype(np.uint64)).astype(np.int64)
@@ -277,8 +277,10 @@ def _read(
   if B == 0:
     return _empty(store, plan, example)
   split = getattr(store, plan.split)
-  first = plan.row_start[rows]
-  pieces = plan.row_start[rows + 1] - first
+  # `take` lets other threads run while a disk is waited for; `[rows]` doesn't,
+  # if they are few.
+  first = plan.row_start.take(rows)
+  pieces = plan.row_start.take(rows + 1) - first
   which = ragged(first, pieces)
 
   # Each row ends in one more "piece", its padding, maybe of no length: then the
@@ -287,12 +289,12 @@ def _read(
   real = np.ones(ends[-1], bool)
   real[ends - 1] = False
   sizes = np.zeros(ends[-1], np.int64)
-  sizes[real] = plan.piece_length[which] + SPECIALS
+  sizes[real] = plan.piece_length.take(which) + SPECIALS
   used = np.add.reduceat(sizes, ends - pieces - 1)
   sizes[ends - 1] = L - used
   # The slot of [CLS] reads the token before the piece, and is put right below.
   starts = np.zeros(ends[-1], np.int64)
-  starts[real] = plan.piece_start[which] - 1
+  starts[real] = plan.piece_start.take(which) - 1
   segments = ragged(np.ones(B, np.int32), pieces + 1)
   segments[ends - 1] = 0
 

@@ -716,8 +716,12 @@ def _seekable(path: str) -> io.BufferedIOBase:
   if not _ending(path)[1]:
     return storage.open_reader(path)
   file = tempfile.TemporaryFile()  # noqa: SIM115
-  with _open(path) as archive:
-    shutil.copyfileobj(archive, file)
+  try:
+    with _open(path) as archive:
+      shutil.copyfileobj(archive, file)
+  except BaseException:
+    file.close()
+    raise
   return file
 
 

@@ -6,7 +6,7 @@ a head, apart from the encoder. Its relatives are made of the modules here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -98,21 +98,19 @@ class Layer(nn.Module):
       module = lean.Weights(features, o["init_stddev"], name=name)
       return module(o["ffn"] if name == "output" else o["width"])
 
-    def project(name: str) -> Array:
-      if is_lean(self.dtype):
-        return lean.split_heads(x, *weights(name, H * K), heads=H)
-      return linear(name, H * K, x).reshape(B, L, H, K)
+    def mix(query: Array, key: Array, value: Array) -> Array:
+      return attend(
+        query,
+        key,
+        value,
+        inputs.segments,
+        backend=o["attention"],
+        dropout_keys=dropout_keys,
+        dropout_rate=o["attention_dropout"],
+        site=site,
+      )
 
-    def mix(names: tuple[str, ...]) -> Array:
-      if o["attention"] != "row":
-        return attend(
-          *(project(name) for name in names),
-          inputs.segments,
-          backend=o["attention"],
-          dropout_keys=dropout_keys,
-          dropout_rate=o["attention_dropout"],
-          site=site,
-        )
+    def mix_row(names: Sequence[str]) -> Array:
       from flaxmlm.models import row_attention  # half a second, for few
 
       kernels, biases = zip(*(weights(n, H * K) for n in names), strict=True)
@@ -124,14 +122,19 @@ class Layer(nn.Module):
         heads=H,
       )
 
-    heads_first = is_lean(self.dtype) and o["attention"] != "row"
-    if heads_first:
+    names = ("query", "key", "value")
+    row = o["attention"] == "row"
+    if is_lean(self.dtype) and not row and not o["attention_dropout"]:
       # Flat, it would be laid out as no product here likes it.
       x = x.reshape(B, L, -1)
-    mixed = mix(("query", "key", "value"))
-    if heads_first:
-      mixed = lean.join_heads(mixed, *weights("attention_output", H * K))
+      layers = (weights(name, H * K) for name in (*names, "attention_output"))
+      mixed = lean.self_attention(x, *layers, heads=H, attend=mix)
     else:
+      if row:
+        mixed = mix_row(names)
+      else:
+        heads = (linear(n, H * K, x).reshape(B, L, H, K) for n in names)
+        mixed = mix(*heads)
       mixed = linear("attention_output", o["width"], mixed.reshape(B * L, -1))
     mixed = dropout(mixed, dropout_keys, o["dropout"], site + 1)
     x = norm("attention_norm", x + mixed)

@@ -9,6 +9,7 @@ the plain one. docs/tpu.md has what each saves.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -86,10 +87,45 @@ def _feed_forward_backward(
 feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 
+def self_attention(
+  x: Float[Array, "B L D"],
+  query: tuple[Array, Array],
+  key: tuple[Array, Array],
+  value: tuple[Array, Array],
+  output: tuple[Array, Array],
+  *,
+  heads: int,
+  attend: Callable[[Array, Array, Array], Array],
+) -> Float[Array, "B L D"]:
+  """Attention among four linear layers, each a kernel [D D] and a bias [D].
+
+  The key's bias adds the same to all scores of a query, which softmax takes
+  away again: it is left out, and has no gradient. The weights of a query add up
+  to 1, so the value's bias b comes out of the mixture as it is: it is added
+  there, as b @ output, and its gradient takes no pass over the tokens.
+
+  Args:
+    x: What attends to itself.
+    query: Of the queries; so are the next two of theirs.
+    key: See above.
+    value: See above.
+    output: On what is mixed.
+    heads: H.
+    attend: `(query, key, value) -> mixed`, all [B L H K]; without dropout.
+  """
+  mixed = attend(
+    split_heads(x, *query, heads=heads),
+    split_heads(x, key[0], None, heads=heads),
+    split_heads(x, value[0], None, heads=heads),
+  )
+  kernel, bias = output
+  return join_heads(mixed, kernel, bias + value[1] @ kernel)
+
+
 def split_heads(
   x: Float[Array, "B L D"],
   kernel: Float[Array, "D D"],
-  bias: Float[Array, " D"],
+  bias: Float[Array, " D"] | None,
   *,
   heads: int,
 ) -> Float[Array, "B L H K"]:
@@ -102,7 +138,8 @@ def split_heads(
   K = D // heads
   kernel = kernel.astype(x.dtype).reshape(D, heads, K)
   y = jnp.einsum("dhk,bld->bhkl", kernel, x)
-  y += bias.astype(x.dtype).reshape(heads, K, 1)
+  if bias is not None:
+    y += bias.astype(x.dtype).reshape(heads, K, 1)
   return jnp.transpose(y, (0, 3, 1, 2))
 
 

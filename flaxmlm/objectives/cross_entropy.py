@@ -65,6 +65,10 @@ def is_likeliest(
   before it that has it too.
   """
   wide = logits.astype(jnp.float32)
+  if logits.dtype == jnp.bfloat16:
+    # XLA may keep float32 where bfloat16 is asked for: then the largest, found
+    # elsewhere, is rounded and they are not, and no target is ever it.
+    wide = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
   largest = wide == wide.max(axis=-1, keepdims=True)
   tokens = _tokens(logits)
   own = targets[..., None]

@@ -244,6 +244,7 @@ def _read_all(paths: Sequence[str]) -> Iterator[bytes]:
 
 
 def _list_parts(path: str) -> Iterable[tuple[int, int, list[str]]]:
+  _await(path, _patience(path))
   for number, (source, specs) in enumerate(json.loads(files.read(path))):
     yield number, source, specs
 
@@ -254,7 +255,8 @@ def _make_part(numbered: tuple[int, int, list[str]], job: Job) -> None:
   for ended in (f"{number}.json", "stop"):
     if files.exists(job.file("results", ended)):
       return
-  if not files.exists(job.file("parts.json")):
+  parts = job.file("parts.json")
+  if not _await(parts, _patience(parts)):
     return  # a newer job does it, or it is done
   part = Part(source, tuple(specs))
   bad = sources.BadRecords()
@@ -336,6 +338,21 @@ def _write_fates(answers: tuple[int, Iterable[bytes]], job: Job) -> None:
     fates[answer["document"]] = answer["fate"]
   with files.atomic_file(job.file("fates", f"{number}.npy")) as file:
     np.save(file, fates)
+
+
+_waited: set[str] = set()  # files that were looked for, here
+
+
+def _patience(path: str) -> float:
+  """Returns how long to wait for a file that may be gone for good.
+
+  On a disk that is shared, a new one may not show up at once; who has waited
+  for it once, waits no more.
+  """
+  if files.is_remote(path) or path in _waited:
+    return 0.0
+  _waited.add(path)
+  return _PATIENCE
 
 
 # What is done where the job was started.

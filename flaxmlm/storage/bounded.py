@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from flaxmlm import InputError
+from flaxmlm.storage.files import open_here
 
 # Of a text file that says how to read others: tokenizer.json, config.json, ….
 # The largest that are published are some 35 MB.
@@ -25,7 +26,7 @@ def read(path: str, *, most: int = MOST_BYTES) -> bytes:
     InputError: It is larger, or can't be read.
   """
   try:
-    with open(path, "rb") as file:
+    with open_here(path) as file:
       data = file.read(most + 1)
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     raise InputError(f"{path}: {reason(error)}") from error

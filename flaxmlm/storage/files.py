@@ -12,10 +12,13 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import glob
 import importlib.util
 import io
+import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -23,12 +26,31 @@ from typing import IO, Any
 from flaxmlm import InputError
 
 _BLOCK = 8 << 20  # bytes that a reader asks a bucket for at once
+_SILENCE_SECONDS = 60  # of a bucket, before it is asked again
 AT_ONCE = 32  # files that are read from a bucket at the same time
 _MAGIC = "*?["
 
 
 class BucketError(OSError):
   """A bucket doesn't answer, or refuses; it may another time."""
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+  """Gives the error of a full disk, which as a rule names no file, this name.
+
+  >>> with named("metrics.jsonl"):
+  ...   raise OSError(28, "No space left on device")
+  Traceback (most recent call last):
+  OSError: [Errno 28] No space left on device: 'metrics.jsonl'
+  """
+  try:
+    yield
+  except OSError as error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full or error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, path) from error
 
 
 def is_remote(path: str) -> bool:
@@ -64,9 +86,18 @@ def bucket_system(protocol: str) -> Any:
     raise InputError(
       "gs://: what reads such paths is missing; pip install -e '.[gcs]'"
     )
+  import aiohttp
   import fsspec
 
-  return fsspec.filesystem(protocol, use_listings_cache=False)
+  # What goes wrong is raised; gcsfs would print it too.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  # Else it waits for ever. It tries six times.
+  silence = aiohttp.ClientTimeout(
+    sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS
+  )
+  return fsspec.filesystem(
+    protocol, use_listings_cache=False, requests_timeout=silence
+  )
 
 
 @contextlib.contextmanager
@@ -87,6 +118,8 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
     raise FileNotFoundError(errno.ENOENT, "not there", url) from error
   except FileExistsError as error:
     raise FileExistsError(errno.EEXIST, "there already", url) from error
+  except TimeoutError as error:
+    raise BucketError(errno.ETIMEDOUT, "it doesn't answer", url) from error
   except Exception as error:  # gcsfs has errors of many kinds
     what = str(error).strip() or type(error).__name__
     raise BucketError(errno.EIO, what.splitlines()[0], url) from error
@@ -100,7 +133,7 @@ def read(path: str) -> bytes:
     OSError: It can't be read.
   """
   if not is_remote(path):
-    with open(path, "rb") as file:
+    with open_here(path) as file:
       return file.read()
   with opened(path) as (fs, name):
     return fs.cat_file(name)
@@ -117,16 +150,14 @@ def read_many(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
       continue
     with opened(some[0]) as (fs, _):
       names = [path.partition("://")[2] for path in some]
-      found = fs.cat(names, on_error="return")
-      for name in names:
-        data = found.get(name)
+      # Of whole files. By fs.cat, a name with "*" or "[" in it is a glob.
+      found = fs.cat_ranges(names, None, None)
+      for data in found:
         if isinstance(data, Exception) and not isinstance(
           data, FileNotFoundError
         ):
           raise data
-      pairs = [
-        (path, found.get(n)) for path, n in zip(some, names, strict=True)
-      ]
+    pairs = zip(some, found, strict=True)
     yield from ((path, data) for path, data in pairs if type(data) is bytes)
 
 
@@ -158,7 +189,7 @@ def atomic_file(path: str, *, sync: bool = False) -> Iterator[IO[bytes]]:
     return
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"
   try:
-    with open(temporary, "xb") as file:
+    with named(path), open(temporary, "xb") as file:
       yield file
       if sync:
         file.flush()
@@ -225,7 +256,7 @@ def remove_folder(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
     return
   with contextlib.suppress(FileNotFoundError), opened(path) as (fs, name):
-    fs.rm(name, recursive=True)
+    fs.rm(glob.escape(name), recursive=True)
 
 
 def move_folder(path: str, target: str) -> None:
@@ -233,8 +264,11 @@ def move_folder(path: str, target: str) -> None:
   if not is_remote(path):
     os.rename(path, target)
     return
-  with opened(path) as (fs, name):
-    fs.mv(name, target.partition("://")[2].rstrip("/"), recursive=True)
+  for each in list_tree(path):
+    with opened(each) as (fs, name):
+      inner = each.removeprefix(path.rstrip("/"))
+      fs.cp_file(name, target.partition("://")[2].rstrip("/") + inner)
+      fs.rm_file(name)
 
 
 def remove(path: str) -> None:
@@ -361,12 +395,39 @@ def open_reader(path: str) -> io.BufferedIOBase:
     OSError: Here or while reading: it isn't there, or can't be read.
   """
   if not is_remote(path):
-    return open(path, "rb")
+    return open_here(path)
   return io.BufferedReader(_Reader(path), 1 << 18)
+
+
+def open_here(path: str, buffering: int = -1) -> Any:
+  """Opens a file of this machine for reading, and nothing that isn't one.
+
+  A pipe that nobody writes to would be waited for, for ever.
+
+  Args:
+    path: Its name.
+    buffering: As of Python's own `open`.
+
+  Raises:
+    OSError: It isn't there, can't be read, or is a pipe or a device.
+  """
+
+  def opener(path: str, flags: int) -> int:
+    number = os.open(path, flags | os.O_NONBLOCK)  # says nothing to a file
+    mode = os.fstat(number).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+      os.close(number)
+      what = "a pipe or a device; copy what it has into a file"
+      raise OSError(errno.EINVAL, what, path)
+    return number
+
+  return open(path, "rb", buffering, opener=opener)
 
 
 class _Reader(io.RawIOBase):
   """A file of a bucket, whose errors are known from damage of what is in it."""
+
+  _file = None  # it is closed too if it couldn't be opened
 
   def __init__(self, url: str):
     self._url = url
@@ -392,7 +453,7 @@ class _Reader(io.RawIOBase):
     return self._file.tell()
 
   def close(self) -> None:
-    if not self.closed:
+    if not self.closed and self._file is not None:
       self._file.close()
     super().close()
 
@@ -407,8 +468,10 @@ def _list(prefix: str) -> dict[str, int]:
       found = fs.find(name, prefix=begin, detail=True)
     except FileNotFoundError:
       return {}
-  return {
+  sizes = {
     f"{protocol}://{path}": int(facts["size"])
     for path, facts in found.items()
     if facts["type"] == "file" and not path.endswith("/")
   }
+  # Of what is no folder but a file, that itself is found.
+  return {url: size for url, size in sizes.items() if url.startswith(prefix)}

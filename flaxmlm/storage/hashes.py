@@ -92,7 +92,7 @@ def _hash(path: str, look: Look | None, meter: _Meter) -> tuple[str, list[int]]:
   """Returns a file's sha256 and its state when it was read."""
   digest = hashlib.sha256()
   try:
-    with open(path, "rb", buffering=0) as file:
+    with files.open_here(path, buffering=0) as file:
       state = _state(os.fstat(file.fileno()))
       view = memoryview(bytearray(min(state[0], _CHUNK)))
       while not meter.stopped:

@@ -30,7 +30,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
@@ -63,14 +63,21 @@ class _Found(NamedTuple):
 
 @contextlib.contextmanager
 def hold(
-  folder: str, memo: str, *, say: Callable[[str], None] = print
+  folder: str,
+  memo: str,
+  *,
+  alone: bool = True,
+  say: Callable[[str], None] = print,
 ) -> Iterator[Callable[[], None]]:
   """Holds the lease of a folder.
 
   Args:
     folder: In a bucket.
     memo: A file of this machine, which is locked, and names the lease that was
-      last held by it.
+      last held by it, and those that may have been.
+    alone: Whether this process alone writes there. If not, the others may still
+      write after an exception: the lease is renewed until this process ends,
+      and expires then.
     say: Is told if it takes time.
 
   Yields:
@@ -95,15 +102,18 @@ def hold(
         f"{folder}: another process of this machine writes there; wait for it"
       ) from error
     file.seek(0)
-    before = file.read().decode()
-    file.truncate(0)
-    file.write(token.encode())
+    before = file.read().decode().split()
+    # Till it is known which one is there, each may be.
+    file.write(f" {token}".encode())
     file.flush()
     try:
       generation = _take(url, facts, before, say)
     except OSError as error:
       raise InputError(f"{folder}: {error.strerror}") from error
-    with _renewed(url, facts, generation) as check:
+    file.truncate(0)
+    file.write(token.encode())
+    file.flush()
+    with _renewed(url, facts, generation, alone) as check:
       yield check
 
 
@@ -124,9 +134,19 @@ def check_free(folder: str) -> None:
 
 
 def _take(
-  url: str, facts: dict[str, Any], before: str, say: Callable[[str], None]
+  url: str,
+  facts: dict[str, Any],
+  before: Sequence[str],
+  say: Callable[[str], None],
 ) -> str:
-  """Makes the lease, or takes it over; returns its generation."""
+  """Makes the lease, or takes it over; returns its generation.
+
+  Args:
+    url: Of the file.
+    facts: What it is to say.
+    before: Tokens of this machine's folder, one of which it may have.
+    say: See `hold`.
+  """
   folder = url.removesuffix(f"/{FILE}")
   seen, since = None, 0.0
   while True:
@@ -143,7 +163,7 @@ def _take(
       if seen is None:
         seen, since = found, time.monotonic()
       gone = (
-        found.facts.get("token") == before
+        found.facts.get("token") in before
         or found.age > LONG_GONE
         or time.monotonic() - since > STALE_AFTER
       )
@@ -163,11 +183,11 @@ def _take(
 
 @contextlib.contextmanager
 def _renewed(
-  url: str, facts: dict[str, Any], generation: str
+  url: str, facts: dict[str, Any], generation: str, alone: bool
 ) -> Iterator[Callable[[], None]]:
-  """Renews a lease for as long as it is held, then removes it."""
+  """Renews a lease for as long as it is held, then removes it; see `hold`."""
   lock, ended = threading.Lock(), threading.Event()
-  lost = False
+  lost, failed = False, True
 
   def renew() -> None:
     nonlocal generation, lost
@@ -201,11 +221,13 @@ def _renewed(
   thread.start()
   try:
     yield check
+    failed = False
   finally:
-    ended.set()
-    with lock, contextlib.suppress(OSError):
-      if not lost:
-        _remove(url, generation)
+    if alone or not failed:
+      ended.set()
+      with lock, contextlib.suppress(OSError):
+        if not lost:
+          _remove(url, generation)
 
 
 def _look(url: str) -> _Found | None:

@@ -47,7 +47,7 @@ def seal(folder: str, facts: Mapping[str, Any]) -> None:
     for name in sums:
       _flush(os.path.join(folder, name))
     for root, _, _ in os.walk(folder):
-      _flush(root)
+      files.sync_folder(root)
     again = _hash_files(folder, sums)
     if again != sums:
       unlike = sorted(n for n in sums if sums[n] != again[n])
@@ -62,7 +62,7 @@ def seal(folder: str, facts: Mapping[str, Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(os.path.join(folder, FILE + ".tmp"), os.path.join(folder, FILE))
-  _flush(folder)
+  files.sync_folder(folder)
 
 
 def is_sealed(folder: str) -> bool:
@@ -148,11 +148,11 @@ def _hash_files(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _flush(path: str) -> None:
-  """Sends a file or folder to the disk, and forgets what memory has of it."""
+  """Sends a file to the disk, and forgets what memory has of it."""
   file = os.open(path, os.O_RDONLY)
   try:
     os.fsync(file)
-    if hasattr(os, "posix_fadvise") and not os.path.isdir(path):
+    if hasattr(os, "posix_fadvise"):
       os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
   finally:
     os.close(file)

@@ -34,7 +34,7 @@ _CHUNK = 16 << 20
 _MANIFEST = "manifest.json"
 _PROCESS = ("JAX_PROCESS_ID", "SLURM_PROCID")
 # Parts of a run that aren't copied here when a program begins.
-_STAY = ("checkpoints", "store", "store.partial", "tensorboard")
+_STAY = ("checkpoints", "stalls", "store", "store.partial", "tensorboard")
 
 
 def cache_folder() -> str:
@@ -187,8 +187,10 @@ def localize(path: str) -> str:
       fcntl.flock(training, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
       return folder  # who trains there has the newest
-    files.write(os.path.join(folder, ORIGIN), url.encode())
-    pull(folder)
+    with _copying(folder):
+      if origin(folder) != url:
+        files.write(os.path.join(folder, ORIGIN), url.encode())
+      _pull(folder)
   return folder
 
 
@@ -198,9 +200,16 @@ def pull(folder: str) -> None:
   Raises:
     InputError: The bucket can't be read.
   """
-  with open(folder + ".lock", "wb") as copying:
-    fcntl.flock(copying, fcntl.LOCK_EX)
+  with _copying(folder):
     _pull(folder)
+
+
+@contextlib.contextmanager
+def _copying(folder: str) -> Iterator[None]:
+  """Keeps all others from copying to the local folder of a run."""
+  with open(folder + ".lock", "wb") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def _pull(folder: str) -> None:
@@ -218,7 +227,7 @@ def _pull(folder: str) -> None:
         path = os.path.join(top, name)
         own = os.path.relpath(path, folder)
         if own not in there and own not in kept:
-          os.remove(path)
+          files.remove(path)
     named = {there_url: name for name, there_url in there.items()}
     for found, data in files.read_many(list(named)):
       path = os.path.join(folder, named[found])
@@ -229,11 +238,15 @@ def _pull(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def claim(workdir: str) -> Iterator[Callable[[], None]]:
+def claim(workdir: str, *, alone: bool = True) -> Iterator[Callable[[], None]]:
   """Keeps all others from training in a run's bucket, see `lease`.
 
   What the bucket has of the run is copied here once more, now that nobody
   changes it. Of a run that is kept here, nothing is done.
+
+  Args:
+    workdir: The local folder of the run.
+    alone: See `lease.hold`.
 
   Yields:
     What raises InputError if another process has taken over; to be called
@@ -246,7 +259,8 @@ def claim(workdir: str) -> Iterator[Callable[[], None]]:
   if url is None:
     yield lambda: None
     return
-  with lease.hold(url, os.path.join(workdir, lease.MEMO)) as check:
+  memo = os.path.join(workdir, lease.MEMO)
+  with lease.hold(url, memo, alone=alone) as check:
     pull(workdir)
     yield check
 

@@ -8,7 +8,8 @@ checkpoints/STEP.broken/    was found to be damaged; for people to look at
 ```
 
 In a bucket, where a folder can't be renamed at once, a step is saved and
-removed under its own name: it has its manifest last, and loses it first.
+removed under its own name. There Orbax' commit_success.txt comes behind all
+that it writes, and the manifest last; these two go first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 
 from flaxmlm import InputError
 from flaxmlm.storage import files, manifests
+
+_COMMITTED = "commit_success.txt"
 
 
 def list_steps(folder: str) -> list[int]:
@@ -58,26 +61,28 @@ def find_newest(
         )
       files.remove_folder(f"{folder}/{name}")
   found, broken = _check_newest(folder)
-  if not broken:
-    return found
-  lines = [f"{folder}/{step}: {why}" for step, why in broken.items()]
-  if strict:
+  lines = {step: f"{folder}/{step}: {why}" for step, why in broken.items()}
+  cut_off = [step for step in list_steps(folder) if _is_cut_off(folder, step)]
+  # Where nothing was ever saved, that is the one step there.
+  if found is None and lines and list(lines) != cut_off[:1]:
     raise InputError(
-      f"{'; '.join(lines)}; checkpoint.strict=True takes no older one"
+      f"{'; '.join(lines.values())}; no step there is whole: bring one back, or"
+      " begin again in another --workdir"
     )
-  # In a bucket a save that was cut off is a step without a manifest.
-  cut_off = files.is_remote(folder) and not any(
-    manifests.is_sealed(f"{folder}/{step}") for step in broken
-  )
-  if found is None and not cut_off:
+  for step in cut_off:
+    say(f"{folder}/{step}: its save, or its removal, was cut off; removed")
+    files.remove_folder(f"{folder}/{step}")
+    lines.pop(step, None)
+  if strict and lines:
     raise InputError(
-      f"{'; '.join(lines)}; no step there is whole: bring one back, or begin"
-      " again in another --workdir"
+      f"{'; '.join(lines.values())}; checkpoint.strict=True takes no older one"
     )
-  for step, line in zip(broken, lines, strict=True):
+  for step, line in lines.items():
     aside = _set_aside(folder, step)
-    taken = "nothing" if found is None else f"step {found['step']}"
-    say(f"WARNING: {line}; set aside as {aside}, {taken} is taken in its place")
+    say(
+      f"WARNING: {line}; set aside as {aside}, step {found['step']} is taken in"
+      " its place"
+    )
   return found
 
 
@@ -123,6 +128,16 @@ def _check_newest(
   return None, broken
 
 
+def _is_cut_off(folder: str, step: int) -> bool:
+  """Whether a step in a bucket was never whole, or is none any more."""
+  path = f"{folder}/{step}"
+  return (
+    files.is_remote(folder)
+    and not manifests.is_sealed(path)
+    and not files.exists(f"{path}/{_COMMITTED}")
+  )
+
+
 def _set_aside(folder: str, step: int) -> str:
   names = set(files.list_names(folder))
   aside, number = f"{step}.broken", 1
@@ -136,11 +151,7 @@ def _set_aside(folder: str, step: int) -> str:
 def publish(folder: str, step: int) -> None:
   """Gives STEP.saving, which is sealed, its name."""
   os.rename(f"{folder}/{step}.saving", f"{folder}/{step}")
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  files.sync_folder(folder)
 
 
 def choose(
@@ -169,16 +180,15 @@ def remove_old(folder: str, *, keep: int, best: int, every: int) -> list[int]:
   """Removes the steps that `choose` doesn't; returns them.
 
   The newest must have been found whole: nothing is looked at again. A damaged
-  one isn't counted, and stays; in a bucket, one without a manifest goes.
+  one isn't counted, and stays; in a bucket, what was cut off goes.
   """
   losses: dict[int, float | None] = {}
   for step in list_steps(folder):
     try:
       losses[step] = manifests.read(f"{folder}/{step}").get("loss")
     except manifests.BrokenError:
-      path = f"{folder}/{step}"
-      if files.is_remote(folder) and not manifests.is_sealed(path):
-        files.remove_folder(path)
+      if _is_cut_off(folder, step):
+        files.remove_folder(f"{folder}/{step}")
   stay = choose(losses, keep=keep, best=best, every=every)
   gone = [step for step in losses if step not in stay]
   for step in gone:
@@ -190,7 +200,8 @@ def remove(folder: str, step: int) -> None:
   """Removes a step; a kill on the way leaves nothing that looks like one."""
   path = f"{folder}/{step}"
   if files.is_remote(folder):
-    files.remove(f"{path}/{manifests.FILE}")
+    for name in (manifests.FILE, _COMMITTED):
+      files.remove(f"{path}/{name}")
   else:
     os.rename(path, f"{path}.removing")
     path = f"{path}.removing"

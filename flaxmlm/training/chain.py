@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
-from flaxmlm.storage import remote
+from flaxmlm.storage import files, remote
 
 FILE = "chain.json"
 ROLLBACKS = "rollbacks.json"
@@ -73,6 +73,17 @@ class Phase(NamedTuple):
     before = self.first_step * self.config["train"]["batch_size"]
     skipped = sum(rows for first, rows in self.skips if first <= step)
     return self.first_row - before + skipped
+
+  @property
+  def place(self) -> dict[str, Any]:
+    """Its place in the chain, and its rollbacks, as checkpoints note them."""
+    before = self.first_step * self.config["train"]["batch_size"]
+    return {
+      "first_step": self.first_step,
+      "first_row": self.first_row,
+      "row_offset": self.first_row - before,
+      "skips": [list(one) for one in self.skips],
+    }
 
 
 def read_chain(workdir: str) -> list[Phase]:
@@ -151,7 +162,7 @@ def find_chain(
   alike = [phase for phase in before if phase.order == own.order]
   if alike:
     last = alike[-1]
-    skipped = sum(rows for _, rows in last.skips)
+    skipped = sum(n for first, n in last.skips if first <= last.last_step)
     own = own._replace(first_row=last.first_row + last.rows + skipped)
   return [*before, own]
 
@@ -171,12 +182,45 @@ def write_skips(workdir: str, phase: Phase) -> None:
 
 
 def _write(workdir: str, name: str, values: Any) -> None:
-  path = os.path.join(workdir, name)
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    json.dump(values, file, indent=2)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(path + ".tmp", path)
+  text = json.dumps(values, indent=2)
+  files.write(os.path.join(workdir, name), text.encode(), sync=True)
+
+
+def check_place(
+  workdir: str, phase: Phase, step: int, noted: Mapping[str, Any] | None
+) -> None:
+  """Raises InputError if a run's checkpoint is of another place in the chain.
+
+  The run may have gone back since, to this checkpoint or to a later one that is
+  no more; what it has noted before stays.
+
+  Args:
+    workdir: Of the run.
+    phase: The run, as its chain has it.
+    step: Of the checkpoint.
+    noted: Its `place` as the checkpoint has it; None in those of before that
+      was noted.
+  """
+  if noted is None:
+    return
+  place = phase.place
+  then, now = noted.get("skips", []), place.pop("skips")
+  later = now[len(then) :]
+  wrong = {FILE: [], ROLLBACKS: []}
+  wrong[FILE] = [
+    f"{name}: {noted[name]} -> {value}"
+    for name, value in place.items()
+    if noted[name] != value
+  ]
+  if now[: len(then)] != then or any(first < step for first, _ in later):
+    wrong[ROLLBACKS] = [f"[step, rows]: {then} -> {now}"]
+  for name, changed in wrong.items():
+    if changed:
+      raise InputError(
+        f"{workdir}/{name} is missing, or isn't that of the newest checkpoint:"
+        f" {'; '.join(changed)}; bring it back, or the rows would come in"
+        " another order"
+      )
 
 
 def newest_step(workdir: str) -> int | None:

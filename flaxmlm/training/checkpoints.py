@@ -7,6 +7,7 @@ about a run is a function of its config, which the manifest has too.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from flaxmlm.models.model import Params
 from flaxmlm.storage import files, manifests, saves
 from flaxmlm.training import hosts
 from flaxmlm.training.step import State
+from flaxmlm.training.watchdog import Watch
 
 _SPARE_BYTES = 8 << 20  # beside the arrays, and for what else is written
 
@@ -54,6 +56,8 @@ class Saver:
     max_failures: int = 10,
     retry_seconds: float = 60.0,
     before: Callable[[], None] = lambda: None,
+    watch: Watch | None = None,
+    check: Callable[[], None] = lambda: None,
   ):
     """Makes the folder if it is missing.
 
@@ -68,6 +72,9 @@ class Saver:
       retry_seconds: How long to wait after one.
       before: Called by the first process before it saves; if it raises
         InputError, the run ends, and no failure is counted.
+      watch: Is told when something waits for a save, and how long saves take.
+      check: Called by the first process, from any thread, before it seals or
+        removes a step; raises InputError if it no longer may.
 
     Raises:
       InputError: The folder can't be made.
@@ -83,7 +90,10 @@ class Saver:
     self._max_failures = max_failures
     self._retry_seconds = retry_seconds
     self._before = before
+    self._watch = watch or Watch()
+    self._check = check
     self._thread: threading.Thread | None = None
+    self._given_up = threading.Event()  # what the thread does counts no more
     self._whole = newest  # the newest step that is on the disk
     self._step: int | None = None  # of the newest try
     self._reason: str | None = None  # why that failed, here
@@ -105,12 +115,16 @@ class Saver:
       SaveError: It was one failure too many.
       InputError: Of `before`.
     """
+    self._watch.enter("save")
     self._settle()
     step = int(state.step)
     if step == self._whole:
       return
+    again = self._counted and step == self._step
     self._step, self._reason = step, None
     self._told = self._counted = False
+    if again and hosts.any_of(self._is_there(state)):
+      return  # `_settle` counts it
     for part in (self._prepare, self._begin):
       try:
         part(state, loss)
@@ -123,11 +137,15 @@ class Saver:
         self.count_failure()
         return
 
-  def failed(self) -> bool:
-    """Whether the save has failed since this was last asked; never waits."""
+  def failed(self) -> int:
+    """The step whose save has failed since this was last asked, or 0.
+
+    Never waits.
+    """
     told = self._told
     self._told = self._reason is not None
-    return self._told and not told and not self._counted
+    new = self._told and not told and not self._counted
+    return self._step or 0 if new else 0
 
   def is_due_again(self) -> bool:
     """Whether it is time to save again; the first process says so, once."""
@@ -137,13 +155,16 @@ class Saver:
       self._again = float("inf")
     return due
 
-  def count_failure(self) -> None:
+  def count_failure(self, step: int | None = None) -> None:
     """Takes note, in all processes, that the newest save has failed in one.
+
+    Args:
+      step: Of the save; that of an older one has been counted since.
 
     Raises:
       SaveError: It was one too many.
     """
-    if self._counted:
+    if self._counted or step not in (None, self._step):
       return
     self._counted = True
     self._failures += 1
@@ -167,9 +188,11 @@ class Saver:
     Raises:
       SaveError: It can't be saved.
     """
+    self._watch.enter("save")
     self._settle()
     while self._whole != int(state.step):
       if self._counted:
+        self._watch.enter("")
         time.sleep(self._retry_seconds)
       self.save(state, loss)
       self._settle()
@@ -185,20 +208,61 @@ class Saver:
       _say(f"WARNING: {error}")
     return self._whole
 
+  def note(self, record: Mapping[str, Any]) -> None:
+    """Takes what manifests say of the run from now on, beside the rest."""
+    self._record |= record
+
   def wait(self) -> None:
     """Waits until nothing is being saved."""
     if self._thread is not None:
       self._thread.join()
 
   def _settle(self) -> None:
-    """Waits for the save before, and counts it: as failed, or as good."""
-    self.wait()
+    """Waits for the save before, and counts it: as failed, or as good.
+
+    Where one process has failed, the others' threads wait for it in vain, for
+    20 minutes (Orbax' barrier): they are left to themselves.
+    """
     if self._step is None:
       return
-    if hosts.any_of(self._reason is not None):
-      self.count_failure()
-    else:
-      self._whole, self._failures = self._step, 0
+    busy = True
+    while busy:
+      busy = self._is_busy(seconds=0.1)
+      if hosts.any_of(self._reason is not None):
+        self._give_up()
+        self.count_failure()
+        return
+      busy = hosts.any_of(busy)
+    self._whole, self._failures = self._step, 0
+
+  def _is_busy(self, seconds: float) -> bool:
+    """Whether this process still saves, after a wait; alone it waits longer."""
+    if self._thread is None:
+      return False
+    self._thread.join(seconds if jax.process_count() > 1 else None)
+    return self._thread.is_alive()
+
+  def _give_up(self) -> None:
+    """Leaves a save that has failed somewhere; removes what there is of it."""
+    self._given_up.set()
+    self._thread = None
+    self._drop(self._step)  # others may have written since that was last done
+
+  def _is_there(self, state: State) -> bool:
+    """Whether what failed came after all; the first process says so."""
+    step = int(state.step)
+    if jax.process_index() != 0:
+      return False
+    try:
+      facts = manifests.check(f"{self._directory}/{step}")
+    except (manifests.BrokenError, OSError):
+      return False
+    own = json.loads(json.dumps(self._record))
+    return (
+      facts.get("step") == step
+      and facts["arrays"] == describe(state)
+      and facts["run"] == own
+    )
 
   def _prepare(self, state: State, loss: float | None) -> None:
     """Raises an error if it can't be saved for sure."""
@@ -216,33 +280,51 @@ class Saver:
       "arrays": describe(state),
       "run": self._record,
     }
+    began = time.perf_counter()
     response = ocp.save_async(_saving(self._directory, step), state._asdict())
+    given_up = self._given_up = threading.Event()
 
     def finish() -> None:
       try:
         response.result()
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not given_up.is_set():
+          self._check()
           finish_step(self._directory, step, facts)
+        self._watch.ended("save", time.perf_counter() - began)
       except Exception as error:  # any, of a disk or a network
+        if given_up.is_set():
+          return
         self._drop(step)
         self._reason = _describe(error)
         return
+      if given_up.is_set():
+        return
       try:
         if jax.process_index() == 0:
+          self._check()
           saves.remove_old(self._directory, **self._retention)
       except Exception as error:
         _say(f"WARNING: an old checkpoint can't be removed: {_describe(error)}")
 
-    self._thread = threading.Thread(target=finish, name=f"save {step}")
+    self._thread = threading.Thread(
+      target=finish, name=f"save {step}", daemon=True
+    )
     self._thread.start()
 
   def _drop(self, step: int) -> None:
-    """Removes what a failed save has left, to make room."""
+    """Removes what a failed save has left, to make room.
+
+    In a bucket, where that has the step's own name, a sealed one stays: it came
+    after all, or is that of a process that has taken over.
+    """
     if jax.process_index() == 0:
       saving = _saving(self._directory, step)
+      remote = files.is_remote(saving)
       for path in (saving, f"{saving}.orbax-checkpoint-tmp"):
         try:
-          files.remove_folder(path)
+          self._check()
+          if not (remote and manifests.is_sealed(path)):
+            files.remove_folder(path)
         except Exception as error:
           _say(f"WARNING: {path} can't be removed: {_describe(error)}")
 

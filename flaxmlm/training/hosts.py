@@ -28,6 +28,8 @@ PROCESSES, PROCESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 METADATA = "GCE_METADATA_HOST"
 # How long the others wait while the first one prepares the text.
 _PATIENCE_SECONDS = 7 * 24 * 3600
+# One that doesn't say for so long that it lives has ended, or was stopped.
+_HEARTBEAT_SECONDS = 60
 # After the last meeting they all end within moments.
 _SHUTDOWN_SECONDS = 20
 
@@ -54,7 +56,12 @@ def join() -> tuple[int, int]:
     return 0, 1
   import jax
 
-  seconds = {"shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
+  # It would catch SIGTERM, and do nothing, until the loop does.
+  jax.config.update("jax_enable_preemption_service", False)
+  seconds = {
+    "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+    "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
+  }
   if given:
     jax.distributed.initialize(*_checked(given), **seconds)
   else:
@@ -108,6 +115,18 @@ def wait(name: str, count: int) -> None:
   meet(key=f"flaxmlm/{name}", timeout_ms=1000 * _PATIENCE_SECONDS)
 
 
+def leave() -> None:
+  """Parts from the other processes, at the end of all their work.
+
+  Python's own end would first wait for threads that were given up, of which one
+  may wait for another process.
+  """
+  import jax
+
+  if jax.process_count() > 1:
+    jax.distributed.shutdown()
+
+
 def check_alike(values: Mapping[str, Any]) -> None:
   """Raises InputError unless all processes have the same values.
 
@@ -149,8 +168,27 @@ def any_of(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def make_vote() -> Callable[[Sequence[bool]], tuple[bool, ...]]:
-  """Returns `flags -> flags`: for each, whether any process has said True.
+def is_lost(error: Exception) -> bool:
+  """Whether an error says that another process is gone, as gloo and NCCL do."""
+  if isinstance(error, InputError) or not _has_others():
+    return False
+  text = str(error).lower()
+  return any(
+    word in text
+    for word in ("gloo", "nccl", "connection", "unavailable", "heartbeat")
+  )
+
+
+def _has_others() -> bool:
+  """Whether other processes were joined; JAX isn't imported for it."""
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized()
+
+
+def make_vote() -> Callable[[Sequence[int]], tuple[int, ...]]:
+  """Returns `flags -> flags`: for each, the largest that any process has said.
+
+  They are False and True, or numbers.
 
   All have to call it once a step. With several processes the answer is that of
   two steps ago, the same in all of them, so that none waits for a device that
@@ -167,16 +205,16 @@ def make_vote() -> Callable[[Sequence[bool]], tuple[bool, ...]]:
   mesh = jax.make_mesh(count, ("all",), axis_types=(AxisType.Auto,))
   split = NamedSharding(mesh, P("all"))
   gather = jax.jit(
-    lambda x: x.any(axis=0), out_shardings=NamedSharding(mesh, P())
+    lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, P())
   )
   votes: collections.deque[Any] = collections.deque(maxlen=3)
 
-  def vote(flags: Sequence[bool]) -> tuple[bool, ...]:
-    own = np.tile(np.array(flags), (jax.local_device_count(), 1))
+  def vote(flags: Sequence[int]) -> tuple[int, ...]:
+    own = np.tile(np.array(flags, np.int32), (jax.local_device_count(), 1))
     votes.append(gather(jax.make_array_from_process_local_data(split, own)))
     if len(votes) < 3:
-      return (False,) * len(flags)
-    return tuple(map(bool, np.asarray(votes[0])))
+      return (0,) * len(flags)
+    return tuple(map(int, np.asarray(votes[0])))
 
   return vote
 

@@ -48,21 +48,29 @@ class DivergedError(Exception):
     self.step, self.why = step, why
 
 
-class Watch:
+class Guard:
   """Looks at the sums of steps for what isn't finite, and for jumps.
 
   Sums are the same in all processes, and so is all that follows from them.
   """
 
-  def __init__(self, *, limit: int, shares: Mapping[str, float], tell: Tell):
+  def __init__(
+    self,
+    *,
+    limit: int,
+    shares: Mapping[str, float],
+    tell: Tell,
+    skipped: int = 0,
+  ):
     """Begins at any step.
 
     Args:
       limit: Skips in a row that are too many.
       shares: Weight of each task in the loss.
       tell: Is told of incidents.
+      skipped: Updates in a row that were skipped before.
     """
-    self.skipped = 0  # updates in a row, up to the newest step looked at
+    self.skipped = skipped  # updates in a row, up to the newest step looked at
     self._limit, self._shares, self._tell = limit, shares, tell
     self._waiting: collections.deque[tuple[int, Any]] = collections.deque()
     self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
@@ -76,6 +84,7 @@ class Watch:
     Raises:
       DivergedError: Too many updates in a row were skipped.
     """
+    sums["step"]["skipped"].copy_to_host_async()
     self._waiting.append((step, sums))
     while len(self._waiting) > _IN_FLIGHT:
       self._look(*self._waiting.popleft())
@@ -260,8 +269,9 @@ def check_finite(state: Any, where: str) -> None:
   def find(state: Any) -> Any:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
 
-  for path, fine in jax.tree_util.tree_flatten_with_path(find(state))[0]:
-    if not np.asarray(fine):
+  found = jax.device_get(find(state))
+  for path, fine in jax.tree_util.tree_flatten_with_path(found)[0]:
+    if not fine:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise InputError(
         f"{where}: {name} has numbers that aren't finite, and nothing could be"

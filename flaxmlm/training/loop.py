@@ -27,8 +27,9 @@ from flaxmlm.models.model import Params
 from flaxmlm.objectives.objective import Batch
 from flaxmlm.training import metrics
 from flaxmlm.training.checkpoints import Saver
-from flaxmlm.training.incidents import Watch
+from flaxmlm.training.incidents import Guard
 from flaxmlm.training.step import EvalStep, State, TrainStep
+from flaxmlm.training.watchdog import Watch
 
 
 class Schedule(NamedTuple):
@@ -61,13 +62,14 @@ def run(
   batch_at: Callable[[int], Batch],
   evaluate: Callable[[Params], dict[str, float]],
   saver: Saver,
-  watch: Watch,
+  guard: Guard,
   write: Callable[[int, dict[str, float]], None],
   stop: Callable[[], bool],
-  vote: Callable[[Sequence[bool]], tuple[bool, ...]],
+  vote: Callable[[Sequence[int]], tuple[int, ...]],
   schedule: Schedule,
   cost: Cost,
   shares: Mapping[str, float],
+  watch: Watch,
 ) -> State:
   """Trains until the last step, or until it is asked to stop.
 
@@ -85,13 +87,14 @@ def run(
     batch_at: Returns a step's batch, on the devices.
     evaluate: Returns metrics of the validation split.
     saver: Saves states in the background.
-    watch: Looks for updates that were skipped.
+    guard: Looks for updates that were skipped, and for jumps of the loss.
     write: Writes metrics of a step.
     stop: Returns whether this process is asked to stop.
     vote: Returns what any process says: `hosts.make_vote`'s.
     schedule: When to log, evaluate, save and stop.
     cost: For throughput.
     shares: Weight of each task in the loss.
+    watch: Is told what goes on.
 
   Returns:
     The last state; its step is less than `schedule.steps` if it was asked to
@@ -99,7 +102,7 @@ def run(
 
   Raises:
     SaveError: It can't be saved any more.
-    DivergedError: Of `watch`.
+    DivergedError: Of `guard`.
   """
   first = int(state.step)
   window: list[Any] = []  # sums of the steps since the last report
@@ -111,7 +114,7 @@ def run(
   def report(step: int) -> dict[str, float]:
     """Writes the means over the window, all of whose steps have ended."""
     nonlocal mark, timed, host, paused
-    watch.settle()
+    guard.settle()
     every = jax.device_get(window)
     good = [sums for sums in every if not sums["step"]["skipped"]]
     values = {}
@@ -121,9 +124,9 @@ def run(
       means |= {name: v / len(good) for name, v in sums["step"].items()}
       values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
     values["train/skipped"] = float(len(every) - len(good))
-    spikes = watch.find_spikes(step - len(every) + 1, every)
+    spikes = guard.find_spikes(step - len(every) + 1, every)
     values["train/loss_spikes"] = float(spikes)
-    values["train/largest_parameter"] = watch.measure(step, state.params)
+    values["train/largest_parameter"] = guard.measure(step, state.params)
     own = (step - schedule.first) * cost.tokens
     values["train/tokens"] = float(cost.tokens_before + own)
     now = time.perf_counter()
@@ -147,14 +150,16 @@ def run(
       show.step(first, values)
     for step in range(first + 1, schedule.steps + 1):
       begin = time.perf_counter()
+      watch.enter("data", step)
       batch = batch_at(step - 1)
+      watch.enter("step")
       host += time.perf_counter() - begin
       state, sums = train_step(state, batch, key)
       window.append(sums)
       timed += 1
       if len(window) > 2:
         jax.block_until_ready(window[-3])
-      watch.note(step, sums)
+      guard.note(step, sums)
       if step == first + 1:
         jax.block_until_ready(sums)  # compilation is no part of the speed
         mark, timed, host = time.perf_counter(), 0, 0.0
@@ -175,23 +180,25 @@ def run(
         (stop(), saver.failed(), saver.is_due_again())
       )
       if failed:
-        saver.count_failure()
+        saver.count_failure(failed)
       saving = due(step, schedule.save_every) or stopping or again or late
       if due(step, schedule.eval_every) or saving:
         jax.block_until_ready(sums)
-        watch.settle()
+        guard.settle()
         begin = time.perf_counter()
         if due(step, schedule.eval_every):
           values = evaluate(state.params)
           write(step, values)
           show.step(step, values)
-        late = saving and watch.skipped > 0 and not stopping
+        late = saving and guard.skipped > 0 and not stopping
         if saving and not late:
+          saver.note({"skipped": guard.skipped})
           saver.save(state, values.get("eval/loss"))
         paused += time.perf_counter() - begin
         idle += time.perf_counter() - begin
       if stopping:
         break
+    saver.note({"skipped": guard.skipped})
     saver.close(state, values.get("eval/loss"))
   return state
 
@@ -210,7 +217,12 @@ def evaluate(
   is the cross-entropy of the same targets under the token frequencies of the
   training data: what is reached by knowing those alone.
   """
-  sums = metrics.add_up([eval_step(params, batch) for batch in batches])
+  every: list[Any] = []
+  for batch in batches:
+    every.append(eval_step(params, batch))
+    if len(every) > 2:  # no more in flight than in training
+      jax.block_until_ready(every[-3])
+  sums = metrics.add_up(every)
   values = metrics.means(sums, shares)
   unigram = sums["unigram"]
   values |= sums["counts"] | {

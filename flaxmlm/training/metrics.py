@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxmlm.storage import files
+
 # Dense matrix FLOP/s of one device in bfloat16, from the makers' data sheets:
 # cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); NVIDIA's for A100, H100, H200,
 # L4 and V100 (float16), without sparsity. Looked up in `device_kind`, in order.
@@ -163,11 +165,23 @@ class Writer(NamedTuple):
   board: Any
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds one line to metrics.jsonl and the same to TensorBoard."""
-    self.file.write(_line({"step": step, **values}))
-    self.file.flush()
-    for name, value in values.items():
-      self.board.add_scalar(name, value, step)
+    """Adds one line to metrics.jsonl and the same to TensorBoard.
+
+    Raises:
+      OSError: The disk is full, or can't be written.
+    """
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
+    with files.named(self.path):
+      self.file.write(_line({"step": step, **values}))
+      self.file.flush()
+      for name, value in values.items():
+        summary = scalar(name, value)
+        event = Event(wall_time=time.time(), step=step, summary=summary)
+        self.board.write_event(event)
+      if any(name.startswith("eval/") for name in values):
+        self.board.flush()  # as far as to the disk, so not each time
 
 
 def discard(step: int, values: Mapping[str, float]) -> None:
@@ -180,24 +194,36 @@ def open_writer(workdir: str, *, step: int, first: int = 0) -> Iterator[Writer]:
 
   Lines later than `step`, of a run that was killed after its last checkpoint,
   are taken out, at its `first` step all of them: those steps are about to be
-  run again.
+  run again. tensorboardX' own writer has a thread that a full disk ends, and
+  then waits for it for ever.
   """
-  from tensorboardX import SummaryWriter
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
 
   path = os.path.join(workdir, "metrics.jsonl")
   kept = [line for line in read(path) if first < step >= line["step"]]
-  with open(path + ".tmp", "w", encoding="utf-8") as file:
-    file.writelines(_line(line) for line in kept)
-  os.replace(path + ".tmp", path)
-  board = SummaryWriter(
-    os.path.join(workdir, "tensorboard"),
-    purge_step=step + 1 if step > first else 0,
-  )
+  folder = os.path.join(workdir, "tensorboard")
+  with files.named(path):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+      file.writelines(_line(line) for line in kept)
+    os.replace(path + ".tmp", path)
+    os.makedirs(folder, exist_ok=True)
+    board = EventsWriter(os.path.join(folder, "events"))
+    # TensorBoard forgets what it had of later steps.
+    start = SessionLog(status=SessionLog.START)
+    purge = step + 1 if step > first else 0
+    board.write_event(
+      Event(wall_time=time.time(), step=purge, session_log=start)
+    )
+  file = open(path, "a", encoding="utf-8")  # noqa: SIM115
   try:
-    with open(path, "a", encoding="utf-8") as file:
-      yield Writer(path, file, board)
+    yield Writer(path, file, board)
   finally:
-    board.close()
+    with files.named(path):
+      try:
+        file.close()
+      finally:
+        board.close()
 
 
 def _line(values: Mapping[str, float | int]) -> str:

@@ -75,7 +75,9 @@ def make_mesh(
     shown = " ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     raise InputError(f"{shown} doesn't fit {count} devices")
   types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  slices = 1  # of GPUs a machine has a number of this name too
+  if devices[0].platform == "tpu":
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
   if sizes[0] % slices:
     raise InputError(
       f"mesh.data={sizes[0]} doesn't divide by {slices} slices: a copy of the"

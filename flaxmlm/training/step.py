@@ -161,7 +161,7 @@ def make_train_step(
     )
     sums["step"] = {
       "grad_norm": norm,
-      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+      "learning_rate": jnp.asarray(schedule(count_updates(state)), jnp.float32),
       "skipped": 1.0 - fine,
     }
     return State(state.step + 1, params, opt_state), sums
@@ -172,6 +172,15 @@ def make_train_step(
     out_shardings=(state_sharding, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
+
+
+def count_updates(state: State) -> Int[Array, ""]:
+  """Returns the updates that the optimizer has made, skipped ones not among.
+
+  They are what its schedules go by.
+  """
+  counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+  return counts[0][1] if counts else state.step
 
 
 def _choose(fine: Bool[Array, ""], new: Array, old: Array) -> Array:
