@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from flaxmlm import InputError, config
 from flaxmlm.storage import files, lease, manifests, remote, saves
 from flaxmlm.training import hosts, memory, versions, watchdog
-from flaxmlm.training.chain import newest_step
+from flaxmlm.training.chain import Phase, newest_step
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -283,13 +283,12 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   )
   if processes == 1:  # of several, one may wait for others that are gone
     claims.callback(saver.wait)
-  streak = 0  # updates in a row that were skipped before
+  known: Mapping[str, Any] = {}  # of `incidents.Guard`
   if newest is not None:
     manifest = manifests.read(f"{folder}/{newest}")
     noted = manifest["run"].get("phase")
     chain.check_place(args.workdir, phase, newest, noted)
-    if noted == phase.place:  # it hasn't gone back since
-      streak = manifest["run"].get("skipped", 0)
+    known = recall(manifest["run"], phase)
     state = checkpoints.restore(folder, manifest, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")
   elif run is not None:
@@ -358,7 +357,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
             limit=c.train.max_bad_steps,
             shares=objective.shares,
             tell=note,
-            skipped=streak,
+            memory=known,
           ),
           write=write,
           stop=stop,
@@ -410,7 +409,8 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       push(must=True)
     saver.note({"phase": phase.place})
     manifest = manifests.read(f"{folder}/{newest}")
-    state, streak = checkpoints.restore(folder, manifest, shapes), 0
+    state = checkpoints.restore(folder, manifest, shapes)
+    known = recall(manifest["run"], phase)
 
   # The page, and what to do next.
   watch.enter("end")
@@ -534,6 +534,22 @@ def check_rollback(
   if hosts.any_of(broken is not None):
     return f"{folder}/{newest}: {broken or 'damaged'}; start again, as before"
   return None
+
+
+def recall(saved: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
+  """Returns what an `incidents.Guard` knew at a checkpoint.
+
+  Where the run has gone back to it, the steps that were skipped before it are
+  no reason any more to go back.
+
+  Args:
+    saved: What the checkpoint says of the run.
+    phase: The run, as it goes on.
+  """
+  known = dict(saved.get("guard", {}))
+  if saved.get("phase") != phase.place:
+    known["skipped"] = 0
+  return known
 
 
 def check_allowed(allow: Sequence[str]) -> None:

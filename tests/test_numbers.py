@@ -243,8 +243,11 @@ def test_no_learning_rate_is_high_enough(rate):
 
 def sums_of(loss: float, *, skipped: bool = False) -> dict:
   return {
-    "masked": {"nll": np.float32(6 * loss), "weight": np.float32(6)},
-    "step": {"skipped": jnp.float32(skipped), "grad_norm": np.float32(1)},
+    "masked": {"nll": jnp.float32(6 * loss), "weight": jnp.float32(6)},
+    "step": {
+      "skipped": jnp.float32(skipped),
+      "grad_norm": jnp.float32(np.nan if skipped else 1),
+    },
   }
 
 
@@ -260,7 +263,13 @@ def test_too_many_in_a_row_are_noticed_two_steps_later():
   with pytest.raises(incidents.DivergedError, match="step 9: 3 updates in"):
     guard.settle()
   assert [one["skipped_in_a_row"] for one in told] == [1, 2, 1, 2, 3]
-  assert {one["what"] for one in told} == {"update"}
+  assert {one["what"] for one in told} == {"grad_norm"}
+
+
+def guard_of(told: list, memory: dict | None = None) -> incidents.Guard:
+  return incidents.Guard(
+    limit=3, shares={"masked": 1.0}, tell=told.append, memory=memory
+  )
 
 
 def test_jumps_of_the_loss_are_told_from_noise():
@@ -269,13 +278,11 @@ def test_jumps_of_the_loss_are_told_from_noise():
   losses *= np.exp(random.normal(0, 0.05, 600))
   jumps = [300, 301, 302, 450]
   losses[jumps] *= 2
-  guard = incidents.Guard(limit=3, shares={"masked": 1.0}, tell=told.append)
-  each = [sums_of(x) for x in losses]
-  found = sum(
-    guard.find_spikes(n + 1, each[n : n + 50]) for n in range(0, 600, 50)
-  )
-  assert found == len(jumps)
-  # The first of a jump alone, which may go over the end of a window.
+  guard = guard_of(told)
+  for number, one in enumerate(losses, 1):
+    guard.note(number, sums_of(one))
+  guard.settle()
+  assert guard.count_jumps() == len(jumps) and guard.count_jumps() == 0
   assert [one["step"] for one in told] == [301, 451]
   before = [float(np.float32(6 * x)) / 6 for x in losses[200:300]]
   median = statistics.median(before)
@@ -285,11 +292,35 @@ def test_jumps_of_the_loss_are_told_from_noise():
   assert told[0]["z"] == pytest.approx((value - median) / spread)
 
 
+def test_a_guard_goes_on_where_one_before_has_ended():
+  random, told, halves = np.random.default_rng(1), [], []
+  losses = np.exp(random.normal(0, 0.05, 200))
+  losses[[98, 99, 100, 150]] *= 3
+  each = [sums_of(x, skipped=n in (97, 99)) for n, x in enumerate(losses)]
+  one = guard_of(told)
+  for number, sums in enumerate(each):
+    one.note(number, sums)
+  one.settle()
+  assert {x["kind"] for x in told} == {"loss_spike", "non_finite"}
+  memory = {}
+  for first in range(0, 200, 25):  # a save comes in the midst of a jump, too
+    guard = guard_of(halves, json.loads(json.dumps(memory)))
+    for number in range(first, first + 25):
+      guard.note(number, each[number])
+    guard.settle()
+    memory = guard.memory
+  assert repr(halves) == repr(told) and memory == one.memory
+
+
 def test_a_step_that_was_skipped_is_no_jump():
   told = []
-  guard = incidents.Guard(limit=3, shares={"masked": 1.0}, tell=told.append)
+  guard = guard_of(told)
   each = [sums_of(2.0)] * 30 + [sums_of(np.nan, skipped=True)] * 2
-  assert guard.find_spikes(1, [*each, *each]) == 0 == len(told)
+  for number, sums in enumerate([*each, *each]):
+    guard.note(number, sums)
+  guard.settle()
+  assert guard.count_jumps() == 0
+  assert {one["kind"] for one in told} == {"non_finite"}
 
 
 def test_an_incident_is_written_once_and_as_json(tmp_path):

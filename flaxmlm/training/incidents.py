@@ -32,7 +32,7 @@ from flaxmlm.training import metrics
 FILE = "incidents.jsonl"
 _IN_FLIGHT = 2  # steps that may not have ended yet
 # A jump is told from noise by the steps before it.
-_HISTORY, _FEWEST, _SPIKE = 100, 20, 6.0
+_HISTORY, _FEWEST, _SPIKE = 100, 20, 6.0  # steps, steps, deviations
 _SIGMAS = 1.4826  # a normal distribution's deviation, in median deviations
 _LARGEST = 1e30  # of a parameter; float32 ends at 3.4e38
 _LEAST = 1e-3  # of the median: what varies less isn't taken for noise
@@ -60,7 +60,7 @@ class Guard:
     limit: int,
     shares: Mapping[str, float],
     tell: Tell,
-    skipped: int = 0,
+    memory: Mapping[str, Any] | None = None,
   ):
     """Begins at any step.
 
@@ -68,13 +68,24 @@ class Guard:
       limit: Skips in a row that are too many.
       shares: Weight of each task in the loss.
       tell: Is told of incidents.
-      skipped: Updates in a row that were skipped before.
+      memory: Of one before, as of the step before; None: there was none.
     """
-    self.skipped = skipped  # updates in a row, up to the newest step looked at
+    memory = memory or {}
+    self.skipped: int = memory.get("skipped", 0)  # in a row, until now
+    self._losses = collections.deque(memory.get("losses", ()), maxlen=_HISTORY)
+    self._jumping: bool = memory.get("jumping", False)
+    self._jumps = 0
     self._limit, self._shares, self._tell = limit, shares, tell
     self._waiting: collections.deque[tuple[int, Any]] = collections.deque()
-    self._losses: collections.deque[float] = collections.deque(maxlen=_HISTORY)
-    self._jumping = False
+
+  @property
+  def memory(self) -> dict[str, Any]:
+    """What it knows of the steps looked at, for a checkpoint."""
+    return {
+      "skipped": self.skipped,
+      "jumping": self._jumping,
+      "losses": list(self._losses),
+    }
 
   def note(self, step: int, sums: Any) -> None:
     """Takes a step's sums, and looks at those of two steps before.
@@ -84,8 +95,12 @@ class Guard:
     Raises:
       DivergedError: Too many updates in a row were skipped.
     """
-    sums["step"]["skipped"].copy_to_host_async()
-    self._waiting.append((step, sums))
+    names = {"step": ("skipped", "grad_norm")}
+    names |= dict.fromkeys(self._shares, ("nll", "weight"))
+    few = {part: {n: sums[part][n] for n in names[part]} for part in names}
+    for x in jax.tree.leaves(few):
+      x.copy_to_host_async()
+    self._waiting.append((step, few))
     while len(self._waiting) > _IN_FLIGHT:
       self._look(*self._waiting.popleft())
 
@@ -98,28 +113,44 @@ class Guard:
     while self._waiting:
       self._look(*self._waiting.popleft())
 
+  def count_jumps(self) -> int:
+    """Returns the steps whose loss has jumped since this was last asked."""
+    jumps, self._jumps = self._jumps, 0
+    return jumps
+
   def _look(self, step: int, sums: Any) -> None:
-    if not np.asarray(sums["step"]["skipped"]):
-      self.skipped = 0
-      return
-    self.skipped += 1
     sums = jax.device_get(sums)
     values = {
       "loss": loss(sums, self._shares),
       "grad_norm": float(sums["step"]["grad_norm"]),
     }
+    if not sums["step"]["skipped"]:
+      self.skipped = 0
+      self._look_for_jump(step, values)
+      return
+    self.skipped += 1
     wrong = [name for name, x in values.items() if not math.isfinite(x)]
     self._tell(
       {
         "step": step,
         "kind": "non_finite",
-        "what": wrong[0] if wrong else "update",
+        "what": wrong[0],
         "skipped_in_a_row": self.skipped,
         **values,
       }
     )
     if self.skipped >= self._limit:
       raise DivergedError(step, f"{self.skipped} updates in a row were skipped")
+
+  def _look_for_jump(self, step: int, values: Mapping[str, float]) -> None:
+    """Tells of a jump of the loss. Only the first step of one is told."""
+    score, median = find_jump(self._losses, values["loss"])
+    if score > _SPIKE and not self._jumping:
+      more = {"median": median, "z": score}
+      self._tell({"step": step, "kind": "loss_spike", **values, **more})
+    self._jumping = score > _SPIKE
+    self._jumps += self._jumping
+    self._losses.append(values["loss"])
 
   def measure(self, step: int, params: Params) -> float:
     """Returns the largest absolute value of all parameters; waits for them.
@@ -133,41 +164,6 @@ class Guard:
       raise DivergedError(step, f"parameters have grown to {largest:.2g}")
     return largest
 
-  def find_spikes(self, first: int, each: Sequence[Any]) -> int:
-    """Tells of jumps of the loss; returns the steps whose loss has jumped.
-
-    A loss has, if it is far above the median of up to 100 steps before: by more
-    than 6 of what would be standard deviations if the median absolute deviation
-    were that of normally distributed losses (Iglewicz and Hoaglin, "How to
-    detect and handle outliers", 1993), or by 0.6 % where they hardly vary. Only
-    the first step of a jump is told. Nothing is changed by it.
-
-    Args:
-      first: Step of the first sums.
-      each: Sums of steps, on the host.
-    """
-    found = 0
-    for step, sums in enumerate(each, first):
-      if sums["step"]["skipped"]:
-        continue
-      value = loss(sums, self._shares)
-      score, median = find_jump(self._losses, value)
-      if score > _SPIKE and not self._jumping:
-        self._tell(
-          {
-            "step": step,
-            "kind": "loss_spike",
-            "loss": value,
-            "median": median,
-            "z": score,
-            "grad_norm": float(sums["step"]["grad_norm"]),
-          }
-        )
-      self._jumping = score > _SPIKE
-      found += self._jumping
-      self._losses.append(value)
-    return found
-
 
 @jax.jit
 def _find_largest(params: Params) -> Array:
@@ -178,7 +174,10 @@ def _find_largest(params: Params) -> Array:
 def find_jump(losses: Sequence[float], value: float) -> tuple[float, float]:
   """Returns how far a loss is above the median of others, and the median.
 
-  0 of fewer than 20 others.
+  In what would be standard deviations if the median absolute deviation were
+  that of normally distributed losses (Iglewicz and Hoaglin, "How to detect and
+  handle outliers", 1993), 0.1 % of the median at least. 0 of fewer than 20
+  others. It has jumped if that is more than 6.
 
   >>> find_jump([2.0, 2.1, 1.9, 2.0, 2.2] * 4, 3.0)[0] > 6
   True
@@ -254,7 +253,7 @@ the update was skipped (1 in a row); its batch: python -m flaxmlm.preview
       f"{head} the loss has jumped to {incident['loss']:.4g}, from a median of"
       f" {incident['median']:.4g} (z {incident['z']:.1f}); {batch}"
     )
-  what = {"loss": "loss", "grad_norm": "gradient", "update": "update"}
+  what = {"loss": "loss", "grad_norm": "gradient"}
   return (
     f"{head} the {what[incident['what']]} isn't finite (loss"
     f" {incident['loss']:.4g}, gradient norm {incident['grad_norm']:.4g}); the"
@@ -262,14 +261,14 @@ the update was skipped (1 in a row); its batch: python -m flaxmlm.preview
   )
 
 
+@jax.jit
+def _are_finite(state: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
+
+
 def check_finite(state: Any, where: str) -> None:
   """Raises InputError if an array that a run begins with isn't finite."""
-
-  @jax.jit
-  def find(state: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
-
-  found = jax.device_get(find(state))
+  found = jax.device_get(_are_finite(state))
   for path, fine in jax.tree_util.tree_flatten_with_path(found)[0]:
     if not fine:
       name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -124,8 +124,7 @@ def run(
       means |= {name: v / len(good) for name, v in sums["step"].items()}
       values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
     values["train/skipped"] = float(len(every) - len(good))
-    spikes = guard.find_spikes(step - len(every) + 1, every)
-    values["train/loss_spikes"] = float(spikes)
+    values["train/loss_spikes"] = float(guard.count_jumps())
     values["train/largest_parameter"] = guard.measure(step, state.params)
     own = (step - schedule.first) * cost.tokens
     values["train/tokens"] = float(cost.tokens_before + own)
@@ -192,13 +191,13 @@ def run(
           show.step(step, values)
         late = saving and guard.skipped > 0 and not stopping
         if saving and not late:
-          saver.note({"skipped": guard.skipped})
+          saver.note({"guard": guard.memory})
           saver.save(state, values.get("eval/loss"))
         paused += time.perf_counter() - begin
         idle += time.perf_counter() - begin
       if stopping:
         break
-    saver.note({"skipped": guard.skipped})
+    saver.note({"guard": guard.memory})
     saver.close(state, values.get("eval/loss"))
   return state
 
