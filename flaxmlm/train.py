@@ -138,6 +138,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   # The runs that this one goes on from, and itself.
   run, begun = c.train.continue_from, newest is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
+  hosts.check_alike({"the place in the chain": phase.place})
   other = phase.store != store.hash  # --allow=store
   phase = phase._replace(store=store.hash)
   if process == 0 and (other or not begun):
@@ -319,7 +320,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     with open(examples_path, encoding="utf-8") as file:
       first_guesses = json.load(file)
 
-  tell = metrics.discard
+  tell = incidents.discard
   if process == 0:
     tell = incidents.open_book(workdir, anew=not begun, say=warn)
 

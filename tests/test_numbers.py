@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,29 +35,6 @@ ARGS = [
   "--config.eval.rows=16",
   "--config.log.every=2",
 ]
-# As `train`, where some row uses have NaN for the weights of their slots.
-POISONED = """
-import os
-import jax.numpy as jnp
-from flaxmlm import config, objectives, train
-
-first, end = map(int, os.environ["POISON"].split(":"))
-build = objectives.build
-
-def poisoned(*args, **kwargs):
-  objective = build(*args, **kwargs)
-
-  def corrupt(keys, batch, step):
-    example = objective.corrupt(keys, batch, step)
-    bad = (batch.example >= first) & (batch.example < end)
-    weights = jnp.where(bad[:, None], jnp.nan, example.weights)
-    return example._replace(weights=weights)
-
-  return objective._replace(corrupt=corrupt)
-
-objectives.build = poisoned
-config.run(train.main)
-"""
 
 
 def make_step(c, devices, *, objective=None, optimizer=None, **axes):
@@ -372,10 +350,14 @@ def store(tmp_path_factory):
 
 
 def poisoned(workdir, poison: str, *args: str, code: int = 0) -> str:
+  first_and_end = map(int, poison.split(":"))
   done = subprocess.run(
-    [sys.executable, "-c", POISONED, *ARGS, f"--workdir={workdir}", *args],
+    [
+      *(sys.executable, *faulty_runs.poison("batch", *first_and_end)),
+      *(*ARGS, f"--workdir={workdir}", *args),
+    ],
     cwd=ROOT,
-    env=environment() | {"POISON": poison},
+    env=environment(),
     capture_output=True,
     text=True,
     timeout=300,

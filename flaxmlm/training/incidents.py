@@ -227,6 +227,10 @@ def open_book(workdir: str, *, anew: bool, say: Callable[[str], None]) -> Tell:
   return tell
 
 
+def discard(incident: Mapping[str, Any]) -> None:
+  """Writes nothing: for the processes that aren't the first one."""
+
+
 def describe(incident: Mapping[str, Any]) -> str:
   """Returns a line about an incident.
 
