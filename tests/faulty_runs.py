@@ -569,8 +569,10 @@ def diverge(
   printed = finish(world, workdir, *args, code=code, **several)
   steps = saves.list_steps(str(workdir / "checkpoints"))
   states = [_load(workdir, step) for step in steps]
-  text = (workdir / incidents.FILE).read_text()
-  found = [json.loads(one) for one in text.splitlines()]
+  found = []
+  if (workdir / incidents.FILE).exists():
+    text = (workdir / incidents.FILE).read_text()
+    found = [json.loads(one) for one in text.splitlines()]
   metrics = (workdir / "metrics.jsonl").read_text().splitlines()
   return Divergence(
     printed,

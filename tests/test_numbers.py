@@ -489,6 +489,7 @@ def test_an_absurd_learning_rate_ends_with_a_line(store, tmp_path, policy):
     f"--workdir={workdir}",
     "--config.train.steps=200",
     "--config.optimizer.peak_lr=1e15",
+    "--config.checkpoint.every=1",
     "--config.optimizer.weight_decay=0.1",
     f"--config.train.on_divergence={policy}",
     code=1,

@@ -35,7 +35,8 @@ _IN_FLIGHT = 2  # steps that may not have ended yet
 _HISTORY, _FEWEST, _SPIKE = 100, 20, 6.0  # steps, steps, deviations
 _SIGMAS = 1.4826  # a normal distribution's deviation, in median deviations
 _LARGEST = 1e30  # of a parameter; float32 ends at 3.4e38
-_LEAST = 1e-3  # of the median: what varies less isn't taken for noise
+# Of the median: what varies less isn't taken for noise.
+_LEAST, _LEAST_OF_FEW = 1e-3, 0.25
 
 Tell = Callable[[Mapping[str, Any]], None]
 
@@ -176,18 +177,23 @@ def find_jump(losses: Sequence[float], value: float) -> tuple[float, float]:
 
   In what would be standard deviations if the median absolute deviation were
   that of normally distributed losses (Iglewicz and Hoaglin, "How to detect and
-  handle outliers", 1993), 0.1 % of the median at least. 0 of fewer than 20
-  others. It has jumped if that is more than 6.
+  handle outliers", 1993), 0.1 % of the median at least. Fewer than 20 others
+  say little about noise: there it is a quarter of the median at least. It has
+  jumped if that is more than 6.
 
-  >>> find_jump([2.0, 2.1, 1.9, 2.0, 2.2] * 4, 3.0)[0] > 6
+  >>> others = [2.0, 2.1, 1.9, 2.0, 2.2]
+  >>> find_jump(others * 4, 3.0)[0] > 6
   True
+  >>> [find_jump(others, value)[0] > 6 for value in (4.9, 5.1)]
+  [False, True]
   """
-  if len(losses) < _FEWEST:
+  if not losses:
     return 0.0, math.nan
+  least = _LEAST if len(losses) >= _FEWEST else _LEAST_OF_FEW
   before = np.array(losses)
   median = float(np.median(before))
   spread = _SIGMAS * float(np.median(np.abs(before - median)))
-  return (value - median) / max(spread, _LEAST * abs(median), 1e-30), median
+  return (value - median) / max(spread, least * abs(median), 1e-30), median
 
 
 def loss(sums: Any, shares: Mapping[str, float]) -> float:
