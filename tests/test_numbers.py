@@ -342,6 +342,36 @@ def test_rows_are_left_out_once_for_each_rollback(tmp_path):
   assert chain.read_chain(str(tmp_path))[0].skips == []
 
 
+def test_a_checkpoint_knows_the_rollbacks_before_it():
+  config = {"train": {"batch_size": 8}}
+  own = chain.Phase("run", config, "store", 0, 12, 0)
+  noted = json.loads(json.dumps(own._replace(skips=[(4, 32)]).place))
+  assert noted["row_offset"] == 0
+
+  def check(step: int, skips: list, noted: dict | None) -> None:
+    chain.check_place("run", own._replace(skips=skips), step, noted)
+
+  check(8, [(4, 32)], noted)
+  check(8, [(4, 32), (8, 16), (8, 8)], noted)  # back to it, twice
+  check(8, [(4, 32), (12, 16)], noted)  # back to one that is damaged now
+  check(8, [(4, 32)], None)
+  check(8, [], {k: v for k, v in noted.items() if k != "skips"})
+  for skips in ([], [(4, 24)], [(8, 32)], [(4, 32), (4, 8)]):
+    with pytest.raises(InputError, match=r"run/rollbacks\.json is missing, or"):
+      check(8, skips, noted)
+  with pytest.raises(InputError, match=r"run/chain\.json is missing.*: 3 -> 0"):
+    check(8, [(4, 32)], noted | {"first_step": 3})
+
+
+def test_the_learning_rate_told_is_that_of_the_update(place):
+  # A constant of 0 is what `make_step` has for a schedule: count alone is seen.
+  _, (mesh, init, train_step) = place
+  state = init(jax.random.key(0))
+  state, _ = train_on(mesh, train_step, state, range(2))
+  later = state._replace(step=state.step + 5)  # as after five skipped ones
+  assert steps.count_updates(later) == 2 and later.step == 7
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
   out = tmp_path_factory.mktemp("numbers") / "store"
