@@ -16,7 +16,7 @@ import pytest
 import test_training as training
 from conftest import ROOT, environment, lines, program
 
-from flaxmlm import InputError
+from flaxmlm import InputError, config
 from flaxmlm.storage import saves
 from flaxmlm.training import chain, checkpoints, incidents, sharding
 from flaxmlm.training import step as steps
@@ -363,15 +363,6 @@ def test_a_checkpoint_knows_the_rollbacks_before_it():
     check(8, [(4, 32)], noted | {"first_step": 3})
 
 
-def test_the_learning_rate_told_is_that_of_the_update(place):
-  # A constant of 0 is what `make_step` has for a schedule: count alone is seen.
-  _, (mesh, init, train_step) = place
-  state = init(jax.random.key(0))
-  state, _ = train_on(mesh, train_step, state, range(2))
-  later = state._replace(step=state.step + 5)  # as after five skipped ones
-  assert steps.count_updates(later) == 2 and later.step == 7
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
   out = tmp_path_factory.mktemp("numbers") / "store"
@@ -440,6 +431,16 @@ def test_a_bad_batch_is_skipped_named_and_shown(store, tmp_path):
   metrics = [one for one in strict(workdir) if "train/loss" in one]
   assert [one["train/skipped"] for one in metrics] == [0, 0, 1, 0, 0, 0]
   assert all(value is not None for one in metrics for value in one.values())
+  # Schedules go by updates: step 6 has made none.
+  options = config.from_json(str(workdir / "config.json")).optimizer
+  schedule = training.optimizers.make_schedule(
+    options, steps=LAST, peak=options.peak_lr
+  )
+  rates = [float(schedule(count)) for count in range(LAST - 1)]
+  rates.insert(5, rates[4])
+  for n, one in enumerate(metrics):
+    want = rates[4] if n == 2 else np.mean(rates[2 * n : 2 * n + 2])
+    assert one["train/learning_rate"] == pytest.approx(want, rel=1e-6)
 
   # Killed after step 4: it goes on to the same state, metrics and incidents.
   again = tmp_path / "again"
