@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import report
 from flaxmlm import InputError
@@ -373,6 +374,79 @@ def moves(folder: pathlib.Path, quick: bool) -> dict:
   }
 
 
+def numbers(folder: pathlib.Path, quick: bool) -> dict:
+  """NaN in batches and in gradients, learning rates far too high.
+
+  Of 40 steps one is bad, or three in a row, which are too many. Some of the
+  runs that go back are killed after that, and started again.
+  """
+  world = faulty_runs.make_world(
+    folder / "world",
+    steps=40,
+    train={"max_bad_steps": 3, "max_rollbacks": 2},
+    checkpoint={"keep": 99},
+    optimizer={"warmup_steps": 30},
+    eval={"every": 0},
+  )
+  back = "--config.train.on_divergence=rollback"
+  draw, counts = random.Random(0), Counter()
+
+  def run(what: str, *args: str, **options: Any) -> faulty_runs.Divergence:
+    workdir = folder / "runs" / f"{counts['runs']} {what}"
+    got = faulty_runs.diverge(world, workdir, *args, **options)
+    counts["runs"] += 1
+    counts["finite"] += bool(got.steps) and got.finite
+    counts["incident_recorded"] += bool(got.kinds)
+    return got
+
+  rounds = [("batch", 1), ("gradient", 2)]
+  if not quick:
+    rounds = [(w, n) for w in ("batch", "gradient") for n in (1, 2)] * 3
+  for what, processes in rounds:
+    step = draw.randint(7, 36)
+    first = 8 * (step - 1)
+    last_good = (step - 1) // 5 * 5
+    several = {"processes": processes}
+    got = run(what, code=0, bad=(what, first, first + 1), **several)
+    bad = [x for x in got.incidents if x["kind"] == "non_finite"]
+    where = {"batch": "loss", "gradient": "grad_norm"}[what]
+    counts["policy_obeyed"] += got.steps[-1] == 40 and [
+      (x["step"], x["examples"], x["what"]) for x in bad
+    ] == [(step, f"{first}:{first + 8}", where)]
+
+    rows = (what, first, first + 24)
+    got = run(what, code=1, bad=rows, **several)
+    counts["policy_obeyed"] += (
+      got.stopped
+      and got.steps[-1] == last_good
+      and [x for x in got.kinds if x != "loss_spike"]
+      == ["non_finite"] * 3 + ["stop"]
+    )
+    counts["killed_after_it"] += 1
+    results = []
+    for kill in (None, draw):
+      got = run(what, back, code=0, bad=rows, kill=kill, **several)
+      to = [x["to"] for x in got.incidents if x["kind"] == "rollback"]
+      counts["policy_obeyed"] += to == [last_good] and got.steps[-1] == 40
+      workdir = folder / "runs" / f"{counts['runs'] - 1} {what}"
+      results.append(faulty_runs.result(workdir, world))
+    counts["killed_same_bits"] += results[0] == results[1]
+
+  # At 0.05 this model still learns. A thousand times as much is told of, but
+  # isn't too much for float32.
+  for rate in (50.0, 1e17):
+    for policy in ((), (back,)):
+      absurd = rate > 1e3
+      every = "--config.checkpoint.every=1"  # it comes to nothing at step 3
+      peak = f"--config.optimizer.peak_lr={rate:g}"
+      got = run("rate", peak, every, *policy, code=int(absurd))
+      backs = 2 if absurd and policy else 0
+      counts["policy_obeyed"] += (
+        got.kinds.count("rollback") == backs and got.stopped == absurd
+      )
+  return dict(counts)
+
+
 def kill_loop(folder: pathlib.Path, quick: bool) -> dict:
   """A run that is killed each 15 s or so for ten minutes.
 
@@ -480,6 +554,7 @@ ROWS: dict[str, Callable[[pathlib.Path, bool], dict]] = {
   "signals": signals,
   "full_disks": full_disks,
   "moves": moves,
+  "numbers": numbers,
   "kills_in_a_loop": kill_loop,
   "cost": cost,
 }

@@ -165,6 +165,9 @@ KEYS: dict[str, Key] = {
   "train.dtype": Key("float32", str, "Compute dtype; parameters, softmax, norms and loss stay float32.", choices=("float32", "bfloat16")),
   "train.max_hours": Key(None, float, "Stop after the step at which so much time has gone by since the start, as a signal does: saved, exit code 0, and the same line goes on. None: no limit.", unit="hours", low=0, optional=True),
   "train.stall_seconds": Key(None, float, "End the process, with exit code 75, if a step, an evaluation, a save or the reading of a batch takes longer (docs/reliability.md); the first of each has an hour. None: 20 times the median of the same so far, 300 at least.", unit="seconds", low=1, optional=True),
+  "train.max_bad_steps": Key(10, int, "So many updates in a row that are skipped, for loss, gradient or update isn't finite, are too many.", unit="steps", low=1),
+  "train.on_divergence": Key("stop", str, "What then: `stop`, with exit code 1, or `rollback`: go on from the last checkpoint with the rows that come after the ones skipped. See docs/reliability.md.", choices=("stop", "rollback")),
+  "train.max_rollbacks": Key(3, int, "Rollbacks in the whole run before it stops nonetheless.", low=1),
 
   "mesh.data": Key(-1, int, "Devices along the data axis; -1: the rest.", unit="devices", low=-1),
   "mesh.fsdp": Key(1, int, "Devices that share one copy of the parameters; the batch is split over them too. -1: the rest.", unit="devices", low=-1),
@@ -213,6 +216,7 @@ FREE_ON_RESUME = (
   *("mesh", "eval", "checkpoint", "log"),
   *("model.attention", "model.remat", "model.scan_layers"),
   *("train.microbatches", "train.max_hours", "train.stall_seconds"),
+  *("train.max_bad_steps", "train.on_divergence", "train.max_rollbacks"),
   *("data.processes", "data.store", "data.tfds_dir"),
 )
 # What may be changed by naming it: arrays and the order of the rows stay.
@@ -644,6 +648,11 @@ def validate(
     c.optimizer.warmup_steps <= c.train.steps,
     f"optimizer.warmup_steps={c.optimizer.warmup_steps} is more than"
     f" train.steps={c.train.steps}",
+  )
+  need(
+    c.train.on_divergence == "stop" or c.checkpoint.every > 0,
+    "train.on_divergence=rollback wants checkpoints to go back to, and"
+    " checkpoint.every=0 has one at the end only",
   )
   best, evals = c.checkpoint.keep_best, c.eval.every
   need(

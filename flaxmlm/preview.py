@@ -51,6 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     "--rows", type=int, default=4, metavar="N", help="rows a step to print (4)"
   )
   parser.add_argument(
+    "--rollbacks",
+    type=int,
+    metavar="N",
+    help="rows as they were after the run had gone back N times (all)",
+  )
+  parser.add_argument(
     "--json", metavar="FILE", help="write all rows here, one object a line"
   )
   parser.add_argument(
@@ -63,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
   if args.rows < 0:
     raise InputError(f"--rows={args.rows}: wants 0 or more")
+  if args.rollbacks is not None and args.rollbacks < 0:
+    raise InputError(f"--rollbacks={args.rollbacks}: wants 0 or more")
 
   from flaxmlm.train import open_data
 
@@ -92,6 +100,14 @@ def main(argv: list[str] | None = None) -> None:
       f" {phase.first_step}; the steps before are those of {before[-1].workdir}"
     )
 
+  if args.rollbacks is not None:
+    if args.rollbacks > len(phase.skips):
+      raise InputError(
+        f"--rollbacks={args.rollbacks}: {args.workdir} went back"
+        f" {len(phase.skips)} times"
+      )
+    phase = phase._replace(skips=phase.skips[: args.rollbacks])
+
   @jax.jit
   def corrupt(step: int, batch: Batch) -> Example:
     keys, _ = row_keys(step_key, step, batch.example)
@@ -109,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         step=step,
         batch_size=c.train.batch_size,
         weights=c.data.weights,
-        offset=phase.row_offset,
+        offset=phase.row_offset(step),
         others=config.wants_others(c),
       )
       example = jax.device_get(corrupt(step, as_batch(batch)))

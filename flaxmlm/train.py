@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from flaxmlm import InputError, config
 from flaxmlm.storage import files, lease, manifests, remote, saves
 from flaxmlm.training import hosts, memory, versions, watchdog
-from flaxmlm.training.chain import newest_step
+from flaxmlm.training.chain import Phase, newest_step
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -116,6 +117,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   from flaxmlm.training import (
     chain,
     checkpoints,
+    incidents,
     loop,
     metrics,
     report,
@@ -136,6 +138,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   # The runs that this one goes on from, and itself.
   run, begun = c.train.continue_from, newest is not None
   *before, phase = chain.find_chain(args.workdir, c.to_dict(), store.hash)
+  hosts.check_alike({"the place in the chain": phase.place})
   other = phase.store != store.hash  # --allow=store
   phase = phase._replace(store=store.hash)
   if process == 0 and (other or not begun):
@@ -176,7 +179,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
         step=step,
         batch_size=B,
         weights=c.data.weights,
-        offset=phase.row_offset,
+        offset=phase.row_offset(step),
         others=others,
         shard=shard,
       )
@@ -281,6 +284,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   )
   if processes == 1:  # of several, one may wait for others that are gone
     claims.callback(saver.wait)
+  known: Mapping[str, Any] = {}  # of `incidents.Guard`
   if newest is not None:
     try:
       manifest = manifests.read(f"{folder}/{newest}")
@@ -289,7 +293,9 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
         f"{folder}/{newest}: {error}, though it was whole a moment ago; does"
         " somebody else write there? The same line again looks anew"
       ) from error
-    chain.check_place(args.workdir, phase, manifest["run"].get("phase"))
+    noted = manifest["run"].get("phase")
+    chain.check_place(args.workdir, phase, newest, noted)
+    known = recall(manifest["run"], phase)
     state = checkpoints.restore(folder, manifest, shapes)
     print(f"going on after step {newest:,} of {c.train.steps:,}")
   elif run is not None:
@@ -310,6 +316,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
       state = state._replace(params=placed)
   if held is not None:
     held.close()
+  incidents.check_finite(state, f"the state after step {int(state.step):,}")
   first_guesses = []
   if not begun:
     first_guesses = guesses(state.params)
@@ -319,43 +326,98 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
     with open(examples_path, encoding="utf-8") as file:
       first_guesses = json.load(file)
 
-  with contextlib.ExitStack() as stack:
-    write = metrics.discard
-    if process == 0:
-      step = int(state.step)
-      writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
-      write = stack.enter_context(writer).write
-    try:
-      state = loop.run(
-        state,
-        step_key,
-        train_step=train_step,
-        batch_at=batch_at,
-        evaluate=evaluate,
-        saver=saver,
-        write=write,
-        stop=stop,
-        vote=hosts.make_vote(),
-        schedule=loop.Schedule(
-          steps=c.train.steps,
-          log_every=c.log.every,
-          eval_every=c.eval.every,
-          save_every=c.checkpoint.every,
-          first=phase.first_step,
-        ),
-        cost=loop.Cost(
-          tokens=B * L,
-          flops=flops,
-          peak=peak,
-          tokens_before=sum(phase.tokens for phase in before),
-        ),
-        shares=objective.shares,
-        watch=watch,
-      )
-    except checkpoints.SaveError as error:
-      warn(f"error: {error}; once it can be saved, the same line again goes on")
+  tell = incidents.discard
+  if process == 0:
+    tell = incidents.open_book(workdir, anew=not begun, say=warn)
+
+  def note(incident: Mapping[str, Any]) -> None:
+    step, back = incident["step"] - 1, len(phase.skips)
+    first = phase.row_offset(step) + step * B
+    preview = (
+      f"--workdir={remote.origin(workdir) or args.workdir}",
+      *(f"--steps={step}:{step + 1}", f"--rows={B}", f"--rollbacks={back}"),
+    )
+    more = {
+      "examples": f"{first}:{first + B}",
+      "rollbacks": back,
+      "preview": shlex.join(["python", "-m", "flaxmlm.preview", *preview]),
+    }
+    tell({**incident, **more})
+
+  while True:  # once, and once more for each time that it goes back
+    diverged = None
+    with contextlib.ExitStack() as stack:
+      write = metrics.discard
+      if process == 0:
+        step = int(state.step)
+        writer = metrics.open_writer(workdir, step=step, first=phase.first_step)
+        write = stack.enter_context(writer).write
+      try:
+        state = loop.run(
+          state,
+          step_key,
+          train_step=train_step,
+          batch_at=batch_at,
+          evaluate=evaluate,
+          saver=saver,
+          guard=incidents.Guard(
+            limit=c.train.max_bad_steps,
+            shares=objective.shares,
+            tell=note,
+            memory=known,
+          ),
+          write=write,
+          stop=stop,
+          vote=hosts.make_vote(),
+          schedule=loop.Schedule(
+            steps=c.train.steps,
+            log_every=c.log.every,
+            eval_every=c.eval.every,
+            save_every=c.checkpoint.every,
+            first=phase.first_step,
+          ),
+          cost=loop.Cost(
+            tokens=B * L,
+            flops=flops,
+            peak=peak,
+            tokens_before=sum(phase.tokens for phase in before),
+          ),
+          shares=objective.shares,
+          watch=watch,
+        )
+        break
+      except incidents.DivergedError as error:
+        # Without what it holds on to, the state among it.
+        diverged = error.with_traceback(None)
+        watch.enter("rollback")
+        newest = saver.newest()
+      except checkpoints.SaveError as error:
+        warn(
+          f"error: {error}; once it can be saved, the same line again goes on"
+        )
+        hosts.leave()
+        sys.exit(1)
+    refused = check_rollback(c, folder, newest, len(phase.skips))
+    if refused is not None:
+      note({"step": diverged.step, "kind": "stop", "why": diverged.why})
+      if process == 0:
+        push(must=False)
+        warn(f"error: {diverged}; {refused}")
       hosts.leave()
       sys.exit(1)
+    # Back, and past the rows of the steps that led here.
+    rows = (diverged.step - newest) * B
+    note(
+      {"step": diverged.step, "kind": "rollback", "to": newest, "rows": rows}
+    )
+    phase = phase._replace(skips=[*phase.skips, (newest, rows)])
+    if process == 0:
+      chain.write_skips(workdir, phase)
+      push(must=True)
+    saver.note({"phase": phase.place})
+    manifest = manifests.read(f"{folder}/{newest}")
+    state = checkpoints.restore(folder, manifest, shapes)
+    known = recall(manifest["run"], phase)
 
   # The page, and what to do next.
   watch.enter("end")
@@ -438,6 +500,63 @@ def make_parts(c: ConfigDict, vocab: Mapping[str, Any], mesh: Mesh) -> Parts:
     microbatches=c.train.microbatches,
   )
   return Parts(model, objective, init, state_sharding, train_step)
+
+
+def check_rollback(
+  c: ConfigDict, folder: str, newest: int | None, rollbacks: int
+) -> str | None:
+  """Returns why a run can't go back to its newest checkpoint, and what to do.
+
+  Args:
+    c: The config.
+    folder: Of the checkpoints.
+    newest: The newest step there; None: there is none.
+    rollbacks: How often it has gone back.
+
+  Returns:
+    None if it can: it is to, and the checkpoint is whole.
+  """
+  import jax
+
+  if newest is None:
+    return (
+      "there is no checkpoint to go back to: begin again, with a lower"
+      " optimizer.peak_lr"
+    )
+  there = (
+    f"the checkpoint of step {newest:,} is there: go on from it with a lower"
+    " optimizer.peak_lr and --allow=optimizer.peak_lr"
+  )
+  if c.train.on_divergence != "rollback":
+    return f"{there}, or with train.on_divergence=rollback"
+  most = c.train.max_rollbacks
+  if rollbacks >= most:
+    return f"the run has gone back train.max_rollbacks={most} times; {there}"
+  broken = None
+  if jax.process_index() == 0:
+    try:
+      manifests.check(f"{folder}/{newest}")
+    except (manifests.BrokenError, OSError) as error:
+      broken = str(error)
+  if hosts.any_of(broken is not None):
+    return f"{folder}/{newest}: {broken or 'damaged'}; start again, as before"
+  return None
+
+
+def recall(saved: Mapping[str, Any], phase: Phase) -> dict[str, Any]:
+  """Returns what an `incidents.Guard` knew at a checkpoint.
+
+  Where the run has gone back to it, the steps that were skipped before it are
+  no reason any more to go back.
+
+  Args:
+    saved: What the checkpoint says of the run.
+    phase: The run, as it goes on.
+  """
+  known = dict(saved.get("guard", {}))
+  if saved.get("phase") != phase.place:
+    known["skipped"] = 0
+  return known
 
 
 def check_allowed(allow: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from flaxmlm.storage import manifests, saves
+from flaxmlm.training import chain, incidents
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of a line of metrics, what no two runs have alike.
@@ -191,14 +192,7 @@ def finish(
 
 def result(workdir: pathlib.Path, world: World) -> dict[str, Any]:
   """What a run has come to: sha256 of its last state, and its metrics."""
-  folder = str(workdir / "checkpoints" / str(world.steps))
-  manifests.check(folder)
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    ocp.metadata(folder).metadata,
-  )
-  found = jax.tree_util.tree_flatten_with_path(ocp.load(folder, shapes))[0]
+  found = jax.tree_util.tree_flatten_with_path(_load(workdir, world.steps))[0]
   digest = hashlib.sha256()
   for path, leaf in found:
     array = np.asarray(leaf)
@@ -210,6 +204,18 @@ def result(workdir: pathlib.Path, world: World) -> dict[str, Any]:
     for line in lines
   ]
   return {"state": digest.hexdigest(), "metrics": metrics}
+
+
+def _load(workdir: pathlib.Path, step: int) -> Any:
+  """A state that was saved, on one device."""
+  folder = str(workdir / "checkpoints" / str(step))
+  manifests.check(folder)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    ocp.metadata(folder).metadata,
+  )
+  return ocp.load(folder, shapes)
 
 
 def wait_for_step(program: Program) -> bool:
@@ -458,6 +464,128 @@ def fill_stores(
 def read_folder(folder: pathlib.Path) -> dict[str, bytes]:
   found = [path for path in folder.rglob("*") if path.is_file()]
   return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+# --- numbers ---------------------------------------------------------------
+
+# As `train`, where some row uses have NaN for a weight, or in the gradient. Of
+# these the weights are such that the objective knows them again.
+_POISONED = """
+import jax
+import jax.numpy as jnp
+from flaxmlm import config, objectives, train
+
+build = objectives.build
+
+@jax.custom_vjp
+def poison(x, bad):
+  return x
+
+def backward(bad, gradient):
+  return jnp.where(bad, jnp.nan, gradient), None
+
+poison.defvjp(lambda x, bad: (x, bad), backward)
+
+def poisoned(*args, **kwargs):
+  objective = build(*args, **kwargs)
+
+  def corrupt(keys, batch, step):
+    example = objective.corrupt(keys, batch, step)
+    bad = ((batch.example >= FIRST) & (batch.example < END))[:, None]
+    weight = jnp.nan if WHAT == "batch" else 1000.0
+    weights = jnp.where(bad, weight, example.weights)
+    return example._replace(weights=weights)
+
+  def run(model, params, example, keys):
+    bad = (example.weights == 1000.0).any()
+    params = jax.tree.map(lambda x: poison(x, bad), params)
+    return objective.run(model, params, example, keys)
+
+  return objective._replace(corrupt=corrupt, run=run)
+
+objectives.build = poisoned
+config.run(train.main)
+"""
+
+
+def poison(what: str, first: int, end: int) -> list[str]:
+  """Arguments of Python: `train`, where row uses `first` to `end` are bad.
+
+  Args:
+    what: Where NaN is: in the "batch", or in the "gradient" alone.
+    first: The first bad row use.
+    end: One more than the last.
+  """
+  return ["-c", f"WHAT, FIRST, END = {what!r}, {first}, {end}\n{_POISONED}"]
+
+
+class Divergence(NamedTuple):
+  """What became of a run whose numbers went wrong."""
+
+  printed: str
+  kinds: list[str]  # of its incidents
+  incidents: list[dict[str, Any]]
+  steps: list[int]  # of its checkpoints
+  finite: bool  # every number of all of them
+  lines: int  # of its metrics, which are finite or null
+
+  @property
+  def stopped(self) -> bool:
+    """Whether it stopped for that, with one line."""
+    errors = re.findall(r"^error: step .*$", self.printed, re.M)
+    return len(errors) == 1 and "Traceback" not in self.printed
+
+
+def diverge(
+  world: World,
+  workdir: pathlib.Path,
+  *args: str,
+  code: int,
+  bad: tuple[str, int, int] | None = None,
+  kill: random.Random | None = None,
+  processes: int = 1,
+) -> Divergence:
+  """Runs to the end, with bad rows or a config that can't go well.
+
+  Args:
+    code: How it must end.
+    bad: See `poison`.
+    kill: Kills it first, within two seconds after it has gone back; then it is
+      started again.
+    processes: That train together.
+  """
+  line = (f"--workdir={workdir}", *args)
+  program = (*poison(*bad), *world.line) if bad else ()
+  several = {"processes": processes, "devices": processes, "program": program}
+  if kill:
+    first, *others = start(world, *line, **several)
+    while not (workdir / chain.ROLLBACKS).exists():
+      assert first.process.poll() is None, first.printed()
+      time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      first.end(kill.uniform(0, 2))
+    for one in (first, *others):
+      one.kill()
+  printed = finish(world, workdir, *args, code=code, **several)
+  steps = saves.list_steps(str(workdir / "checkpoints"))
+  states = [_load(workdir, step) for step in steps]
+  found = []
+  if (workdir / incidents.FILE).exists():
+    text = (workdir / incidents.FILE).read_text()
+    found = [json.loads(one) for one in text.splitlines()]
+  metrics = (workdir / "metrics.jsonl").read_text().splitlines()
+  return Divergence(
+    printed,
+    [one["kind"] for one in found],
+    found,
+    steps,
+    all(np.isfinite(x).all() for x in jax.tree.leaves(states)),
+    len([json.loads(one, parse_constant=_refuse) for one in metrics]),
+  )
+
+
+def _refuse(name: str) -> Any:
+  raise ValueError(f"{name} is no JSON")
 
 
 # --- what it costs ---------------------------------------------------------

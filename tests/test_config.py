@@ -79,6 +79,13 @@ def test_weights_are_a_tuple_of_floats():
       ],
       "not 192 (model.width / model.heads)",
     ),
+    (["train.max_bad_steps=0"], "train.max_bad_steps=0: must be at least 1"),
+    (["train.max_rollbacks=-1"], "train.max_rollbacks=-1: must be at least 1"),
+    (["train.on_divergence=pray"], "train.on_divergence"),
+    (
+      ["train.on_divergence=rollback", "checkpoint.every=0"],
+      "train.on_divergence=rollback wants checkpoints to go back to",
+    ),
     (["tokenizer.vocab_size=4"], "tokenizer.vocab_size=4: must be at least 8"),
     (["train.batch_size=250"], "doesn't divide by the 8 devices"),
     (["train.microbatches=3"], "train.microbatches=3 doesn't divide"),

@@ -293,7 +293,7 @@ def test_another_batch_size_goes_on_in_the_same_order(run):
   phase = chain.find_chain("nowhere", c.to_dict(), store.hash)[-1]
   plan = rows.load(store, "train", 32)
   got = batches.at(
-    store, plan, seed=0, step=12, batch_size=8, offset=phase.row_offset
+    store, plan, seed=0, step=12, batch_size=8, offset=phase.row_offset(12)
   )
   want = batches.at(store, plan, seed=0, step=12, batch_size=16)
   np.testing.assert_array_equal(got.ids, want.ids[:8])
@@ -316,7 +316,7 @@ def test_an_order_goes_on_over_a_phase_with_another(tmp_path):
   assert phase("third", 15, "second", row_length=64).first_row == 0
   short.append(phase("fourth", 20, "third", batch_size=3))
   uses = [
-    phase.row_offset + step * phase.config["train"]["batch_size"] + row
+    phase.row_offset(step) + step * phase.config["train"]["batch_size"] + row
     for phase in short
     for step in range(phase.first_step, phase.last_step)
     for row in range(phase.config["train"]["batch_size"])

@@ -55,6 +55,13 @@ def test_moved_to_other_devices_and_processes_it_is_the_same_run(tmp_path):
   assert found["parameters_differ_most"] <= 1e-5
 
 
+def test_numbers_that_go_wrong_never_get_into_a_state(tmp_path):
+  found = run("numbers", tmp_path)
+  assert found["finite"] == found["incident_recorded"] == found["runs"] == 12
+  assert found["policy_obeyed"] == 12
+  assert found["killed_same_bits"] == found["killed_after_it"] == 2
+
+
 def test_runs_go_on_from_damaged_checkpoints(tmp_path):
   found = run("damaged_checkpoints", tmp_path)
   assert found["silently_wrong"] == 0

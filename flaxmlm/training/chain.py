@@ -1,21 +1,25 @@
-"""The runs that a run goes on from: WORKDIR/chain.json.
+"""The runs that a run goes on from: WORKDIR/chain.json; and its rollbacks.
 
 Each run of a chain is a phase: a config and a workdir of its own. Steps are
 counted through the whole chain. The file is written once, before the first step
 of a phase, and is all that it needs of the others from then on.
+
+A run that goes back to a checkpoint of its own, to go on from there with other
+rows, notes that in WORKDIR/rollbacks.json before it does.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flaxmlm import InputError
 from flaxmlm.storage import files, remote
 
 FILE = "chain.json"
+ROLLBACKS = "rollbacks.json"
 
 
 class Phase(NamedTuple):
@@ -30,6 +34,8 @@ class Phase(NamedTuple):
     last_step: Steps done at its end, or until now.
     first_row: Row uses of its order of the data that all phases before it
       made.
+    skips: (step, rows): from that step on so many row uses were left out, once
+      for each rollback.
   """
 
   workdir: str
@@ -38,6 +44,7 @@ class Phase(NamedTuple):
   first_step: int
   last_step: int
   first_row: int
+  skips: Sequence[Sequence[int]] = ()
 
   @property
   def steps(self) -> int:
@@ -61,19 +68,21 @@ class Phase(NamedTuple):
     weights = tuple(data.get("weights", ()))
     return self.store, self.config["seed"], data["row_length"], weights
 
-  @property
-  def row_offset(self) -> int:
-    """Row use of step 0, were all steps like this phase's; see `batches.at`."""
+  def row_offset(self, step: int) -> int:
+    """Row use of step 0, were all steps like this one; see `batches.at`."""
     before = self.first_step * self.config["train"]["batch_size"]
-    return self.first_row - before
+    skipped = sum(rows for first, rows in self.skips if first <= step)
+    return self.first_row - before + skipped
 
   @property
-  def place(self) -> dict[str, int]:
-    """Where it begins in the chain, as its checkpoints note it."""
+  def place(self) -> dict[str, Any]:
+    """Its place in the chain, and its rollbacks, as checkpoints note them."""
+    before = self.first_step * self.config["train"]["batch_size"]
     return {
       "first_step": self.first_step,
       "first_row": self.first_row,
-      "row_offset": self.row_offset,
+      "row_offset": self.first_row - before,
+      "skips": [list(one) for one in self.skips],
     }
 
 
@@ -86,17 +95,18 @@ def read_chain(workdir: str) -> list[Phase]:
   here = remote.localize(workdir)
   try:
     *before, own = _read_phases(here)
+    skips = _read_skips(here)
     for phase in (*before, own):
       _ = phase.tokens, phase.order  # all that they are asked
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise InputError(
-      f"{workdir}: {FILE}, config.json or store.json isn't what a run writes"
-      f" ({type(error).__name__}: {error})"
+      f"{workdir}: {FILE}, {ROLLBACKS}, config.json or store.json isn't what a"
+      f" run writes ({type(error).__name__}: {error})"
     ) from error
   step = newest_step(here)
   step = own.first_step if step is None else step
   name = remote.origin(here) or workdir
-  return [*before, own._replace(workdir=name, last_step=step)]
+  return [*before, own._replace(workdir=name, last_step=step, skips=skips)]
 
 
 def _read_phases(workdir: str) -> list[Phase]:
@@ -115,6 +125,15 @@ def _read_phases(workdir: str) -> list[Phase]:
     read("store.json")["manifest_sha256"] if is_there("store.json") else None
   )
   return [Phase(workdir, read("config.json"), store, 0, 0, 0)]
+
+
+def _read_skips(workdir: str) -> list[tuple[int, int]]:
+  """Returns the `Phase.skips` of a run's own phase."""
+  try:
+    with open(os.path.join(workdir, ROLLBACKS), encoding="utf-8") as file:
+      return [(int(one["step"]), int(one["rows"])) for one in json.load(file)]
+  except FileNotFoundError:
+    return []
 
 
 def find_chain(
@@ -142,38 +161,66 @@ def find_chain(
   own = Phase(name, dict(config), store, step, step, 0)
   alike = [phase for phase in before if phase.order == own.order]
   if alike:
-    own = own._replace(first_row=alike[-1].first_row + alike[-1].rows)
+    last = alike[-1]
+    skipped = sum(n for first, n in last.skips if first <= last.last_step)
+    own = own._replace(first_row=last.first_row + last.rows + skipped)
   return [*before, own]
 
 
 def write_chain(workdir: str, phases: list[Phase]) -> None:
-  """Writes the chain of a run."""
-  text = json.dumps([phase._asdict() for phase in phases], indent=2)
-  files.write(os.path.join(workdir, FILE), text.encode(), sync=True)
+  """Writes the chain of a run that begins, and has not gone back yet."""
+  _write(workdir, FILE, [phase._asdict() for phase in phases])
+  if os.path.exists(os.path.join(workdir, ROLLBACKS)):  # of one that was here
+    write_skips(workdir, phases[-1])
+
+
+def write_skips(workdir: str, phase: Phase) -> None:
+  """Writes a run's rollbacks, which are on the disk then."""
+  names = ("step", "rows")
+  values = [dict(zip(names, one, strict=True)) for one in phase.skips]
+  _write(workdir, ROLLBACKS, values)
+
+
+def _write(workdir: str, name: str, values: Any) -> None:
+  text = json.dumps(values, indent=2)
+  files.write(os.path.join(workdir, name), text.encode(), sync=True)
 
 
 def check_place(
-  workdir: str, phase: Phase, noted: Mapping[str, int] | None
+  workdir: str, phase: Phase, step: int, noted: Mapping[str, Any] | None
 ) -> None:
   """Raises InputError if a run's checkpoint is of another place in the chain.
+
+  The run may have gone back since, to this checkpoint or to a later one that is
+  no more; what it has noted before stays.
 
   Args:
     workdir: Of the run.
     phase: The run, as its chain has it.
+    step: Of the checkpoint.
     noted: Its `place` as the checkpoint has it; None in those of before that
       was noted.
   """
-  changed = [
+  if noted is None:
+    return
+  place = phase.place
+  then, now = noted.get("skips", []), place.pop("skips")
+  later = now[len(then) :]
+  wrong = {FILE: [], ROLLBACKS: []}
+  wrong[FILE] = [
     f"{name}: {noted[name]} -> {value}"
-    for name, value in phase.place.items()
-    if noted is not None and noted[name] != value
+    for name, value in place.items()
+    if noted[name] != value
   ]
-  if changed:
-    raise InputError(
-      f"{workdir}/{FILE} is missing, or isn't that of the newest checkpoint:"
-      f" {'; '.join(changed)}; bring it back, or the rows would come in another"
-      " order"
-    )
+  if now[: len(then)] != then or any(first < step for first, _ in later):
+    wrong[ROLLBACKS] = [f"[step, rows]: {then} -> {now}"]
+  for name, changed in wrong.items():
+    if changed:
+      raise InputError(
+        f"{workdir}/{name} is missing, or isn't that of the newest checkpoint:"
+        f" {'; '.join(changed)}; bring it back, or the rows would come in"
+        " another order"
+      )
 
 
 def newest_step(workdir: str) -> int | None:

@@ -7,6 +7,7 @@ about a run is a function of its config, which the manifest has too.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
@@ -196,6 +197,21 @@ class Saver:
       self.save(state, loss)
       self._settle()
 
+  def newest(self) -> int | None:
+    """Waits for the save before; returns the newest step that is on the disk.
+
+    All processes have to ask, and are answered the same.
+    """
+    try:
+      self._settle()
+    except SaveError as error:
+      _say(f"WARNING: {error}")
+    return self._whole
+
+  def note(self, record: Mapping[str, Any]) -> None:
+    """Takes what manifests say of the run from now on, beside the rest."""
+    self._record |= record
+
   def wait(self) -> None:
     """Waits until nothing is being saved."""
     if self._thread is not None:
@@ -241,7 +257,12 @@ class Saver:
       facts = manifests.check(f"{self._directory}/{step}")
     except (manifests.BrokenError, OSError):
       return False
-    return facts.get("step") == step and facts["arrays"] == describe(state)
+    own = json.loads(json.dumps(self._record))
+    return (
+      facts.get("step") == step
+      and facts["arrays"] == describe(state)
+      and facts["run"] == own
+    )
 
   def _prepare(self, state: State, loss: float | None) -> None:
     """Raises an error if it can't be saved for sure."""

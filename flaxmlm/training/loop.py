@@ -29,6 +29,7 @@ from flaxmlm.models.model import Params
 from flaxmlm.objectives.objective import Batch
 from flaxmlm.training import metrics
 from flaxmlm.training.checkpoints import Saver
+from flaxmlm.training.incidents import Guard
 from flaxmlm.training.step import EvalStep, State, TrainStep
 from flaxmlm.training.watchdog import Watch
 
@@ -63,6 +64,7 @@ def run(
   batch_at: Callable[[int], Batch],
   evaluate: Callable[[Params], dict[str, float]],
   saver: Saver,
+  guard: Guard,
   write: Callable[[int, dict[str, float]], None],
   stop: Callable[[], bool],
   vote: Callable[[Sequence[int]], tuple[int, ...]],
@@ -76,7 +78,9 @@ def run(
   At most two steps are in flight: while the device computes one, the host has
   read and sent the next. Only to log, evaluate or save is the newest step
   waited for. The metrics of a line are means over the steps since the line
-  before it; a resumed run's first line begins at its checkpoint.
+  before it, without those whose update was skipped; a resumed run's first line
+  begins at its checkpoint. While updates are skipped nothing is saved, unless
+  it is asked to stop.
 
   Args:
     state: Where to begin; donated.
@@ -85,6 +89,7 @@ def run(
     batch_at: Returns a step's batch, on the devices.
     evaluate: Returns metrics of the validation split.
     saver: Saves states in the background.
+    guard: Looks for updates that were skipped, and for jumps of the loss.
     write: Writes metrics of a step.
     stop: Returns whether this process is asked to stop.
     vote: Returns what any process says: `hosts.make_vote`'s.
@@ -99,6 +104,7 @@ def run(
 
   Raises:
     SaveError: It can't be saved any more.
+    DivergedError: Of `guard`.
   """
   first = int(state.step)
   window: list[Any] = []  # sums of the steps since the last report
@@ -110,10 +116,18 @@ def run(
   def report(step: int) -> dict[str, float]:
     """Writes the means over the window, all of whose steps have ended."""
     nonlocal mark, timed, host, paused
-    sums = metrics.add_up(window)
-    means = metrics.means(sums, shares)
-    means |= {name: v / len(window) for name, v in sums["step"].items()}
-    values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
+    guard.settle()
+    every = jax.device_get(window)
+    good = [sums for sums in every if not sums["step"]["skipped"]]
+    values = {}
+    if good:
+      sums = metrics.add_up(good)
+      means = metrics.means(sums, shares)
+      means |= {name: v / len(good) for name, v in sums["step"].items()}
+      values = {f"train/{k}": v for k, v in (means | sums["counts"]).items()}
+    values["train/skipped"] = float(len(every) - len(good))
+    values["train/loss_spikes"] = float(guard.count_jumps())
+    values["train/largest_parameter"] = guard.measure(step, state.params)
     own = (step - schedule.first) * cost.tokens
     values["train/tokens"] = float(cost.tokens_before + own)
     now = time.perf_counter()
@@ -129,7 +143,7 @@ def run(
     mark, timed, host, paused = now, 0, 0.0, 0.0
     return values
 
-  tasks, values = list(shares), {}
+  tasks, values, late = list(shares), {}, False
   with _progress(first, schedule.steps, tasks) as show:
     if first == schedule.first:  # what it begins with: as a rule, nothing
       values = evaluate(state.params)
@@ -146,6 +160,7 @@ def run(
       timed += 1
       if len(window) > 2:
         jax.block_until_ready(window[-3])
+      guard.note(step, sums)
       if step == first + 1:
         jax.block_until_ready(sums)  # compilation is no part of the speed
         mark, timed, host = time.perf_counter(), 0, 0.0
@@ -167,20 +182,24 @@ def run(
       )
       if failed:
         saver.count_failure(failed)
-      saving = due(step, schedule.save_every) or stopping or again
+      saving = due(step, schedule.save_every) or stopping or again or late
       if due(step, schedule.eval_every) or saving:
         jax.block_until_ready(sums)
+        guard.settle()
         begin = time.perf_counter()
         if due(step, schedule.eval_every):
           values = evaluate(state.params)
           write(step, values)
           show.step(step, values)
-        if saving:
+        late = saving and guard.skipped > 0 and not stopping
+        if saving and not late:
+          saver.note({"guard": guard.memory})
           saver.save(state, values.get("eval/loss"))
         paused += time.perf_counter() - begin
         idle += time.perf_counter() - begin
       if stopping:
         break
+    saver.note({"guard": guard.memory})
     saver.close(state, values.get("eval/loss"))
   return state
 

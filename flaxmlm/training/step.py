@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from flaxmlm.models.model import Model, Params
 from flaxmlm.objectives.objective import Batch, Example, Objective, Sums
@@ -77,10 +77,15 @@ def make_train_step(
   parameters, each sums the gradients of its own rows; these are added up once,
   in float32, after the last micro-batch.
 
+  Where the loss or the norm of the gradient isn't finite, parameters and the
+  optimizer's state stay as they are, its count of steps too, to the bit; only
+  `state.step` goes on. And no element is ever set to what isn't finite: where
+  the update of one overflows, this one stays.
+
   Returns:
     `(state, batch, key) -> (state, sums)`; `key` is the run's, the same at
     every step. Sums are the objective's, and under "step" `grad_norm` before
-    clipping and the `learning_rate`.
+    clipping, the `learning_rate`, and `skipped`: 1 if the update was, else 0.
   """
   rows_sharding = sharding.batch_sharding(mesh)
   splits = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
@@ -144,9 +149,20 @@ def make_train_step(
     grads, sums = gradients(state.params, weights, (example, dropout_keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    norm = optax.global_norm(grads)
+    loss = sum(
+      share * sums[task]["nll"] for task, share in objective.shares.items()
+    )
+    fine = jnp.isfinite(norm) & jnp.isfinite(loss)
+    params, opt_state = jax.tree.map(
+      functools.partial(_choose, fine),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
     sums["step"] = {
-      "grad_norm": optax.global_norm(grads),
-      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+      "grad_norm": norm,
+      "learning_rate": jnp.asarray(schedule(count_updates(state)), jnp.float32),
+      "skipped": 1.0 - fine,
     }
     return State(state.step + 1, params, opt_state), sums
 
@@ -156,6 +172,27 @@ def make_train_step(
     out_shardings=(state_sharding, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
+
+
+def count_updates(state: State) -> Int[Array, ""]:
+  """Returns the updates that the optimizer has made, skipped ones not among.
+
+  They are what its schedules go by.
+  """
+  counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+  return counts[0][1] if counts else state.step
+
+
+def _choose(fine: Bool[Array, ""], new: Array, old: Array) -> Array:
+  """Returns what an array is after a step: new where that may be, else old.
+
+  That no element comes out that isn't finite costs nothing, for it is looked at
+  where it is written; to ask of them all before the first one is written would
+  be one more pass through memory.
+  """
+  if jnp.issubdtype(new.dtype, jnp.floating):
+    fine &= jnp.isfinite(new)
+  return jnp.where(fine, new, old)
 
 
 def make_eval_step(

@@ -44,6 +44,7 @@ _WORDS = {
   "step": "step {step:,}",
   "evaluation": "the evaluation after step {step:,}",
   "save": "the checkpoint of step {step:,}",
+  "rollback": "going back after step {step:,}",
   "end": "the end of the run",
 }
 
@@ -74,8 +75,8 @@ class Watch:
     """Says what begins now, and that what was before has ended.
 
     Args:
-      kind: "start", "data", "step", "evaluation", "save", "end"; "": nothing
-        that has a bound.
+      kind: "start", "data", "step", "evaluation", "save", "rollback", "end";
+        "": nothing that has a bound.
       step: The step it belongs to; None: as before.
     """
     now = time.perf_counter()
