@@ -322,11 +322,13 @@ class _Output(io.RawIOBase):
 def _replace(stream: TextIO, output: _Output) -> TextIO:
   """Returns a stream like another one, that writes to an output."""
   stream.flush()
+  direct = stream.write_through  # PYTHONUNBUFFERED
   return io.TextIOWrapper(
-    io.BufferedWriter(output),
+    output if direct else io.BufferedWriter(output),
     stream.encoding,
     stream.errors,
     line_buffering=stream.line_buffering,
+    write_through=direct,
   )
 
 
