@@ -8,7 +8,7 @@ import pathlib
 from flaxmlm import config
 
 PROGRAMS = ("prepare", "preview", "plan", "train")
-PROGRAMS += ("evaluate", "fill_mask", "export")
+PROGRAMS += ("doctor", "evaluate", "fill_mask", "export")
 
 
 def main() -> None:

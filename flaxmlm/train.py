@@ -131,6 +131,7 @@ def train(argv: list[str] | None, claims: contextlib.ExitStack) -> None:
   )
 
   config.validate(c, devices=jax.device_count())
+  versions.check_sums()
   newest = chain.newest_step(workdir)
   alike = {"the store": store.hash, "the newest checkpoint": newest}
   hosts.check_alike(alike | {"JAX": jax.__version__})

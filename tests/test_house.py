@@ -32,7 +32,7 @@ EXAMPLES = [
   path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text()
 ]
 PROGRAMS = ["train", "prepare", "preview", "evaluate", "fill_mask", "export"]
-PROGRAMS += ["plan"]
+PROGRAMS += ["plan", "doctor"]
 
 
 def imports(path) -> set[str]:

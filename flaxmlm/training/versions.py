@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import pathlib
 
+from flaxmlm import InputError
+
 # What the numbers of a step, or the order of its rows, can hang on.
 _LIBRARIES = (
   *("flax", "jax", "jaxlib", "libtpu", "numpy", "optax"),
@@ -34,3 +36,36 @@ def find() -> dict[str, str]:
     digest.update(f"{path.relative_to(root)}\n".encode())
     digest.update(path.read_bytes())
   return found | {"code": digest.hexdigest()[:16]}
+
+
+def adds_up() -> bool:
+  """Whether JAX adds up rightly here, by the case that is known to go wrong.
+
+  jaxlib 0.10.2 doesn't on CPUs: sums of squares of products of 32,769 rows with
+  a matrix come out too small (jax-ml/jax issue 39103).
+  """
+  import jax
+  import jax.numpy as jnp
+
+  @jax.jit
+  def squares(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
+
+  numbers = jnp.arange(32_769, dtype=jnp.float32)
+  rows = jnp.stack([numbers, 0 * numbers, 0 * numbers], axis=1)
+  return float(squares(rows, jnp.eye(3))[-1]) == 2.0**30
+
+
+def check_sums() -> None:
+  """Raises InputError on a CPU where JAX doesn't add up rightly."""
+  import jax
+
+  if jax.default_backend() == "cpu" and not adds_up():
+    raise InputError(WRONG_SUMS.format(find()["jaxlib"]))
+
+
+WRONG_SUMS = (
+  "jaxlib {} computes wrong sums on this CPU (jax-ml/jax issue 39103); take"
+  " another version (pip install 'jax!=0.10.2'), or set"
+  " XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce"
+)
